@@ -1,0 +1,1217 @@
+"""Shared parts of the study, in this order:
+
+1. Errors, device, command line
+2. Data: CIFAR-10, image folders, a synthetic set; all images uint8 on the device
+3. Augmentation on the device: every image with its own random parameters
+4. ResNet-50, its 32 representations, the projection head
+5. LARS and the learning-rate schedule
+6. InfoNCE
+7. Distributed helpers
+8. Checkpoints
+9. Training loop
+10. Linear CKA (a block to copy into other projects)
+11. Figures: command line, sources, findings, drawing
+
+"The paper" is Grigg, Busbridge, Ramapuram and Webb 2021, arXiv 2110.00528; "SimCLR" is Chen et al. 2020,
+arXiv 2002.05709. Importing this file prints, seeds and downloads nothing.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute_activations
+
+matplotlib.use("Agg")  # figures are written to files; no display is needed
+from matplotlib import pyplot as plt  # noqa: E402
+
+# ======================================================================================================================
+# 1. Errors, device, command line
+# ======================================================================================================================
+
+
+class UserError(Exception):
+    """Something the person at the command line can put right: printed as one line, exit code 2."""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turns `UserError` into one line on stderr and exit code 2; wraps each script's `main()`."""
+    try:
+        yield
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output went away: nothing left to say
+        sys.stderr.close()
+        sys.exit(1)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors on one line and the module docstring kept as written."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: a finite int or float, low <= value <= high, value > above."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        bounds = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else ""]
+        bounds += [f"at most {high}" if high is not None else ""]
+        expected = " and ".join(b for b in bounds if b)
+        fits = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
+        if not fits or (high is not None and value > high):
+            name = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {expected}".rstrip())
+        return value
+
+    return parse
+
+
+def pick_device(name=None):
+    """torch.device for a name such as "cpu" or "cuda:1"; None: cuda, else mps, else cpu. Raises UserError."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"--device {name}: not usable here ({reason}); expected cpu, cuda, cuda:N or mps") from None
+    if device.type == "meta":
+        raise UserError("--device meta: holds no values; expected cpu, cuda, cuda:N or mps")
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # denormal gradients behind a zero gamma slow some CPUs by a fifth
+    return device
+
+
+def has_bf16(device):
+    """True if `device` multiplies bfloat16 in hardware, so that bf16 is faster than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def generator_for(device, *key):
+    """torch.Generator on `device`, seeded by the key alone (numbers and strings), never by what ran before."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def writable_folder(folder):
+    """Path of `folder`, created if needed; UserError if nothing can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); give a folder you may write to") from None
+
+
+# ======================================================================================================================
+# 2. Data
+# ======================================================================================================================
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images in [0, 1]
+
+
+class Data(NamedTuple):
+    """Images uint8 (n, 3, h, w) and labels int64 (n,), all on one device; class names in label order."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list
+
+
+def load_data(path, device):
+    """Data from a CIFAR-10 folder, from `train/<class>/*` and `test/<class>/*` images, or "synthetic".
+
+    Raises UserError, one line, for anything missing, unreadable or of unequal size.
+    """
+    if path == "synthetic":
+        data = Data(*synthetic_images(4000, seed=1), *synthetic_images(1000, seed=2), SYNTHETIC_CLASSES)
+    elif Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"--data {path}: is a file; expected a folder, or the word synthetic")
+    elif (Path(path) / "train").is_dir() or (Path(path) / "test").is_dir():
+        data = _load_image_folder(Path(path))
+    else:
+        data = _load_cifar10(Path(path))
+    return Data(*(t.to(device) for t in data[:4]), data.classes)
+
+
+def channel_statistics(images):
+    """Per-channel mean and standard deviation (two tuples of 3 floats) of uint8 images (n, 3, h, w), in [0, 1]."""
+    counts = [torch.bincount(c.flatten(), minlength=256).cpu().double() for c in images.unbind(1)]
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means = [float((c * levels).sum() / c.sum()) for c in counts]
+    stds = [float(((c * (levels - m) ** 2).sum() / c.sum()).sqrt()) for c, m in zip(counts, means)]
+    return tuple(means), tuple(max(s, 1e-6) for s in stds)  # a channel of one value must not divide by zero
+
+
+def _load_cifar10(folder):
+    """CIFAR-10 through torchvision, which checks every file's md5 before reading it; downloads it if absent."""
+    cifar = torchvision.datasets.CIFAR10
+    archive = folder / cifar.filename
+    advice = (f"put {cifar.filename} (md5 {cifar.tgz_md5}) into {folder}, or use --data FOLDER with train/<class>/ and "
+              "test/<class>/ images, or --data synthetic")
+    try:
+        sets = [cifar(folder, train=train) for train in (True, False)]
+    except RuntimeError:  # not there, or not what its md5 says
+        if archive.exists() and not torchvision.datasets.utils.check_integrity(archive, cifar.tgz_md5):
+            raise UserError(f"{archive}: truncated or altered (its md5 differs); {advice}") from None
+        try:
+            sets = [cifar(folder, train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            reason = str(error).split("\n")[0][:120]
+            raise UserError(f"no CIFAR-10 in {folder} and it cannot be downloaded ({reason}): {advice}") from None
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder}: cannot read CIFAR-10 ({error}); {advice}") from None
+    parts = []
+    for part in sets:
+        parts += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
+    return Data(*parts, sets[0].classes)
+
+
+def _load_image_folder(folder):
+    """`train/<class>/*`, `test/<class>/*`: decoded once, then read from a cache while names, sizes and dates match."""
+    sets = {}
+    for part in ("train", "test"):
+        try:
+            sets[part] = torchvision.datasets.ImageFolder(folder / part)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--data {folder}: {reason}; expected images in {folder}/train/<class>/ and "
+                            f"{folder}/test/<class>/") from None
+    if sets["train"].classes != sets["test"].classes:
+        differ = sorted(set(sets["train"].classes) ^ set(sets["test"].classes))
+        raise UserError(f"--data {folder}: train and test must have the same class folders; only in one: {differ[:5]}")
+
+    stamp = hashlib.blake2b()
+    for part in sets.values():
+        for name, _ in part.samples:
+            status = os.stat(name)
+            stamp.update(f"{os.path.relpath(name, folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    stamp = stamp.hexdigest()
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "similar-representations"
+    caches = [folder / ".images.cache.pt", user_cache / f"{stamp[:32]}.pt"]  # the second: for read-only data folders
+    for cache in caches:
+        with contextlib.suppress(Exception):  # a missing, damaged or foreign cache is only a reason to decode again
+            saved = torch.load(cache, weights_only=True)
+            if saved["stamp"] == stamp:
+                return Data(*saved["tensors"], sets["train"].classes)
+
+    parts, size = [], None
+    for part in sets.values():
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(_decode, (name for name, _ in part.samples)))
+        size = size or images[0].shape
+        for (name, _), image in zip(part.samples, images):
+            if image.shape != size:
+                raise UserError(f"{name}: is {image.shape[2]} x {image.shape[1]} pixels, the first image "
+                                f"{size[2]} x {size[1]}; all images must have the same size")
+        parts += [torch.stack(images), torch.tensor(part.targets)]
+    for cache in caches:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            save_atomically({"stamp": stamp, "tensors": parts}, cache)
+            break
+        except (OSError, RuntimeError):
+            continue
+    return Data(*parts, sets["train"].classes)
+
+
+def _decode(name):
+    try:
+        return torchvision.transforms.functional.pil_to_tensor(torchvision.datasets.folder.default_loader(name))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{name}: not a readable image ({' '.join(str(error).split())[:120]}); replace or remove it") from None
+
+
+SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "ring", "cross")
+                     for texture in ("plain", "striped")]
+
+
+def synthetic_images(n, seed):
+    """n images uint8 (n, 3, 32, 32) and labels int64 (n,) of `SYNTHETIC_CLASSES`, on the CPU; the same for the same seed.
+
+    A class is a shape and a texture. Position, size, tilt, both colours, the stripes' phase and the background's
+    shading and noise are drawn independently of it, so colour alone does not give the class away.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    labels = torch.randint(10, (n,), generator=g)
+    shape, striped = (labels // 2).view(n, 1, 1), (labels % 2).view(n, 1, 1).bool()
+    axis = torch.arange(32.0)
+    x, y = axis.view(1, 1, 32) - uniform(11, 20, 1, 1), axis.view(1, 32, 1) - uniform(11, 20, 1, 1)
+    tilt, radius = uniform(-0.3, 0.3, 1, 1), uniform(7, 11, 1, 1)
+    u, v = (x * tilt.cos() + y * tilt.sin()) / radius, (y * tilt.cos() - x * tilt.sin()) / radius
+    rho, a, b = torch.hypot(u, v), u.abs(), v.abs()
+    # each: below 0 inside the shape, in units of the radius
+    distances = torch.stack([rho - 0.9, torch.maximum(a, b) - 0.8, torch.maximum(0.866 * a + 0.5 * v, -v) - 0.5,
+                             (rho - 0.72).abs() - 0.24,
+                             torch.minimum(torch.maximum(a - 0.3, b - 1), torch.maximum(a - 1, b - 0.3))], 1)
+    distance = distances.gather(1, shape.unsqueeze(1).expand(n, 1, 32, 32)).squeeze(1)
+    inside = (0.5 - distance * radius).clamp(0, 1)  # one pixel wide edge
+    stripes = ((u * radius * (2 * math.pi / 4.5) + uniform(0, 6.3, 1, 1)).sin() > 0) & striped
+    back, front = torch.rand(n, 3, 1, 1, generator=g), torch.rand(n, 3, 1, 1, generator=g)
+    near = (front - back).abs().amax(1, keepdim=True) < 0.4  # too little contrast: move the shape half the range away
+    front = torch.where(near, (back + 0.5) % 1, front)
+    shading = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=32, mode="bilinear", align_corners=False)
+    ink = torch.where(stripes.unsqueeze(1), 1 - front, front)
+    images = torch.lerp(back + shading, ink, inside.unsqueeze(1)) + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+# ======================================================================================================================
+# 3. Augmentation on the device
+# ======================================================================================================================
+# Parameters are drawn for a whole batch (`simclr_params`, `imagenet_params`: dicts of tensors whose first dimension is
+# the image) and can be sliced, so micro-batches and ranks see what one process with one batch would see.
+
+
+def imagenet_params(n, height, width, device, generator=None, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """Crop boxes and flips for n images: {"box": int64 (n, 4) top, left, height, width, "flip": bool (n,)}.
+
+    The distribution of torchvision's RandomResizedCrop: area uniform in `scale`, log aspect uniform in `ratio`, the
+    first of ten attempts that fits, else the largest centred box whose aspect lies in `ratio`. Flip with p = 0.5.
+    """
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 10, device=device, generator=generator)
+
+    area, aspect = height * width * uniform(*scale), torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)  # index of the first True, 0 if there is none
+    w, h, fits = (t.gather(1, first).squeeze(1) for t in (w, h, fits))
+    fallback_w, fallback_h = width, height
+    if width / height < ratio[0]:
+        fallback_h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        fallback_w = round(height * ratio[1])
+    w, h = torch.where(fits, w, fallback_w), torch.where(fits, h, fallback_h)
+    top, left, flip = torch.rand(3, n, device=device, generator=generator)
+    top = torch.where(fits, (top * (height - h + 1)).floor(), (height - h) // 2)
+    left = torch.where(fits, (left * (width - w + 1)).floor(), (width - w) // 2)
+    return {"box": torch.stack([top, left, h, w], 1).long(), "flip": flip < 0.5}
+
+
+def simclr_params(n, height, width, device, generator=None, strength=1.0):
+    """`imagenet_params` and SimCLR's colour distortion and blur (SimCLR App. A) for n images.
+
+    "factors" (n, 4): brightness, contrast, saturation in 1 +- 0.8 strength, hue in +- 0.2 strength (turns);
+    "order" (n, 4): the operations in the order they are applied; "jitter", "gray", "blur": bool (n,), with
+    p = 0.8, 0.2, 0.5; "sigma" (n,): uniform in [0.1, 2] pixels.
+    """
+    params = imagenet_params(n, height, width, device, generator)
+    low = torch.tensor([max(0.0, 1 - 0.8 * strength)] * 3 + [-0.2 * strength], device=device)
+    high = torch.tensor([1 + 0.8 * strength] * 3 + [0.2 * strength], device=device)
+    params["factors"] = low + (high - low) * torch.rand(n, 4, device=device, generator=generator)
+    params["order"] = torch.rand(n, 4, device=device, generator=generator).argsort(1)
+    jitter, gray, blur, sigma = torch.rand(4, n, device=device, generator=generator)
+    return params | {"jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
+
+
+def _slice(params, rows):
+    return {name: value[rows] for name, value in params.items()}
+
+
+def _resize_matrix(start, length, size_in, size_out, flip=None):
+    """(n, size_out, size_in): bilinear weights that resize [start, start + length) to size_out pixels.
+
+    Half-pixel centres (align_corners=False), edges of the interval replicated, triangle filter widened when it shrinks
+    (antialias); `flip` (n,) mirrors the result. One dimension of crop, resize and flip is one matrix.
+    """
+    target = torch.arange(size_out, device=start.device, dtype=torch.float32).expand(len(start), -1)
+    if flip is not None:
+        target = torch.where(flip[:, None], size_out - 1 - target, target)
+    scale = (length / size_out)[:, None]
+    centres = (start[:, None] + (target + 0.5) * scale)[:, :, None]  # (n, size_out, 1), in input pixels
+    pixels = torch.arange(size_in, device=start.device, dtype=torch.float32) + 0.5
+    weights = (1 - (pixels - centres).abs() / scale.clamp(min=1)[:, :, None]).clamp_(min=0)
+    inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
+    weights *= inside[:, None]
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _separable(images, rows, columns):
+    """images (n, 3, h, w), rows (n, H, h), columns (n, W, w) -> (n, 3, H, W): one matrix along each side."""
+    n, c, h, w = images.shape
+    images = torch.bmm(images.reshape(n, c * h, w), columns.transpose(1, 2))  # (n, 3h, W)
+    return torch.matmul(rows.unsqueeze(1), images.view(n, c, h, columns.shape[1]))
+
+
+def _crop_resize_flip(images, size, params):
+    """uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]: each image's own box, resized, perhaps mirrored."""
+    top, left, height, width = params["box"].unbind(1)
+    rows = _resize_matrix(top, height, images.shape[2], size)
+    columns = _resize_matrix(left, width, images.shape[3], size, params["flip"])
+    return _separable(images.float().div_(255), rows, columns)
+
+
+def _luma(x):
+    """Gray value (n, 1, h, w) of (n, 3, h, w), with the weights torchvision uses (ITU-R 601)."""
+    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+def _blend_(x, operation, factor):
+    """Brightness (0), contrast (1) or saturation (2), chosen per image, in place; then clipped to [0, 1].
+
+    All three blend the image with something: black, its mean gray value, its gray image. Factor 1 changes nothing.
+    """
+    view = (-1, 1, 1, 1)
+    gray, rest = _luma(x), 1 - factor
+    add = gray.mean((2, 3), keepdim=True) * (rest * (operation == 1)).view(view)
+    add = torch.addcmul(add, gray, (rest * (operation == 2)).view(view))
+    return x.mul_(factor.view(view)).add_(add).clamp_(0, 1)
+
+
+def _shift_hue(x, turns):
+    """Hue of x (n, 3, h, w) in [0, 1] shifted by `turns` (n,), through HSV with the hue in sextants, without branches."""
+    r, g, b = x.split(1, 1)
+    top, bottom = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = top - bottom
+    hue = torch.where(top == r, g - b, torch.where(top == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)))
+    hue.div_(chroma.clamp(min=1e-12)).add_(6 * turns.view(-1, 1, 1, 1))
+    hue.sub_((hue / 6).floor_(), alpha=6)  # back to [0, 6)
+    out = torch.empty_like(x)
+    for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)  # of the chroma, above the smallest channel
+        torch.addcmul(bottom, chroma, share, out=out[:, channel:channel + 1])
+    return out
+
+
+def _color_jitter(x, params):
+    """SimCLR's brightness, contrast, saturation and hue, in each image's own order, clipped after each.
+
+    Every image takes the same path: its three blends in its order, each either before or after the hue, with factor 1
+    standing in on the other side. So no image is looked at alone and nothing waits for the device.
+    """
+    order, factors = params["order"], params["factors"]
+    hue_place = (order == 3).int().argmax(1, keepdim=True)
+    places = torch.arange(3, device=x.device)
+    blends = order.gather(1, places + (places >= hue_place))  # (n, 3): the order without the hue
+    factor = torch.where(params["jitter"][:, None], factors.gather(1, blends), 1.0)
+    before = torch.where(places < hue_place, factor, 1.0)
+    after = torch.where(places >= hue_place, factor, 1.0)
+    for i in range(3):
+        x = _blend_(x, blends[:, i], before[:, i])
+    x = _shift_hue(x, torch.where(params["jitter"], factors[:, 3], 0.0))
+    for i in range(3):
+        x = _blend_(x, blends[:, i], after[:, i])
+    return x
+
+
+def _blur_matrix(size, kernel_size, sigma, active):
+    """(n, size, size): Gaussian blur along one side with reflected edges; the identity where not `active`."""
+    taps = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
+    weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
+    weights = torch.where(active[:, None], weights / weights.sum(1, keepdim=True), (taps == 0).float())
+    source = (torch.arange(size, device=sigma.device)[:, None] + taps).abs()  # (size, kernel_size), reflected at 0
+    source = torch.where(source >= size, 2 * (size - 1) - source, source).expand(len(sigma), -1, -1)
+    matrix = torch.zeros(len(sigma), size, size, device=sigma.device)
+    return matrix.scatter_add_(2, source, weights[:, None].expand(-1, size, -1))
+
+
+def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params=None):
+    """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), on the same device.
+
+    Crop, flip, colour jitter of `strength`, gray, and (if `blur`) Gaussian blur with a kernel of size // 10 pixels,
+    made odd (SimCLR App. A; its CIFAR-10 setting is strength 0.5 without blur). Every image has its own parameters,
+    drawn by `simclr_params` from `generator` unless given. Equal to torchvision's functional operations with the same
+    parameters, without rounding to uint8 in between.
+    """
+    if params is None:
+        params = simclr_params(len(images), *images.shape[2:], images.device, generator, strength)
+    piece = max(4, 2 ** 18 // (3 * size * size))
+    if images.device.type == "cpu" and len(images) > piece:  # a CPU is twice as fast on pieces that fit its cache
+        pieces = [slice(start, start + piece) for start in range(0, len(images), piece)]
+        return torch.cat([simclr_augment(images[p], size, strength, blur, params=_slice(params, p)) for p in pieces])
+    x = _color_jitter(_crop_resize_flip(images, size, params), params)
+    x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
+    kernel_size = size // 10 // 2 * 2 + 1
+    if blur and kernel_size > 1:
+        rows = params["blur"].nonzero().squeeze(1) if x.device.type == "cpu" else slice(None)  # a GPU would have to wait
+        matrix = _blur_matrix(size, kernel_size, params["sigma"][rows], params["blur"][rows])
+        x[rows] = _separable(x[rows], matrix, matrix)
+    return x
+
+
+def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, generator=None, params=None):
+    """The supervised training images of the paper (footnote 3): crop, flip, channel-wise standardisation.
+
+    uint8 (n, 3, h, w) -> float32 (n, 3, size, size) on the same device; parameters from `imagenet_params`.
+    """
+    if params is None:
+        params = imagenet_params(len(images), *images.shape[2:], images.device, generator)
+    return _standardise(_crop_resize_flip(images, size, params), mean, std)
+
+
+def simclr_test(images, size):
+    """SimCLR's test images: the whole image resized; float32 (n, 3, size, size) in [0, 1]."""
+    n, _, height, width = images.shape
+    return _crop_resize_flip(images, size, {"box": torch.tensor([[0, 0, height, width]], device=images.device).expand(n, 4),
+                                            "flip": torch.zeros(n, dtype=torch.bool, device=images.device)})
+
+
+def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
+    """The supervised test images: the whole image resized and standardised; float32 (n, 3, size, size)."""
+    return _standardise(simclr_test(images, size), mean, std)
+
+
+def _standardise(x, mean, std):
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (x - mean).div_(std)
+
+
+# ======================================================================================================================
+# 4. ResNet-50, its representations, the projection head
+# ======================================================================================================================
+
+BLOCK_GROUPS = (3, 4, 6, 3)  # bottlenecks per block group, Table 1
+
+
+class ProjectionHead(nn.Module):
+    """SimCLR's non-linear head as the paper uses it (App. A: "a 3-layer MLP"): 2048 -> 2048 -> 2048 -> 128.
+
+    As in SimCLR's code each layer is a product without bias and a batch norm, the first two with a ReLU, the last norm
+    without a shift. `head.1` to `head.3` are the outputs of the layers.
+    """
+
+    def __init__(self, width=2048, out=128):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Sequential(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()),
+            nn.Sequential(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()),
+            nn.Sequential(nn.Linear(width, out, bias=False), nn.BatchNorm1d(out)))
+        for layer in self.layers:
+            nn.init.normal_(layer[0].weight, std=0.01)  # model_util.py:134 of google-research/simclr
+        self.layers[2][1].bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def build_model(method, stem, classes=10, seed=0, zero_init=True):
+    """A torchvision ResNet-50 whose `fc` is the projection head ("simclr") or the classifier ("supervised").
+
+    stem "imagenet": 7 x 7 stride 2 and max-pool; "cifar": 3 x 3 stride 1, no pool (SimCLR App. B.9). The weights depend
+    on the seed only; the last gamma of each block is 0 unless `zero_init` is False. In train mode, on the CPU.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"weights {seed}".encode(), digest_size=7).digest(), "big"))
+        model = torchvision.models.resnet50(zero_init_residual=zero_init)
+        if stem == "cifar":
+            model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+            model.maxpool = nn.Identity()
+        if method == "simclr":
+            model.fc = ProjectionHead()
+        else:
+            model.fc = nn.Linear(2048, classes)
+            nn.init.normal_(model.fc.weight, std=0.01)
+            nn.init.zeros_(model.fc.bias)
+    return model
+
+
+@torch.no_grad()
+def representations(model, images):
+    """Every representation of `images` (n, 3, h, w): a dict, in depth order, from layer name to an (n, p) tensor.
+
+    `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last ReLU (App.
+    A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. Works on any torchvision ResNet-50. The
+    model stays in the mode it is in (use eval for figures); no hook is left behind, even after an exception. TypeError
+    for a network without the 16 bottlenecks.
+    """
+    groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
+    if tuple(len(g) for g in groups) != BLOCK_GROUPS or not all(hasattr(b, "bn3") for g in groups for b in g):
+        raise TypeError(f"representations() needs a torchvision ResNet-50 (bottlenecks {BLOCK_GROUPS}), "
+                        f"got {type(model).__name__}")
+    found, handles = {}, []
+
+    def keep(name, copy):
+        def hook(module, inputs, output):
+            if copy:  # torchvision adds the identity to this very tensor afterwards
+                output = output.clone(memory_format=torch.contiguous_format)
+            found[name] = output.flatten(1)
+        return hook
+
+    try:
+        for g, group in enumerate(groups, 1):
+            for b, block in enumerate(group, 1):
+                handles.append(block.bn3.register_forward_hook(keep(f"BG{g}.{b}.odd", copy=True)))
+                handles.append(block.register_forward_hook(keep(f"BG{g}.{b}.even", copy=False)))
+        if isinstance(model.fc, ProjectionHead):
+            for i, layer in enumerate(model.fc.layers, 1):
+                handles.append(layer.register_forward_hook(keep(f"head.{i}", copy=False)))
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# ======================================================================================================================
+# 5. LARS and the learning-rate schedule
+# ======================================================================================================================
+
+
+class LARS(torch.optim.Optimizer):
+    """SimCLR's LARS (google-research/simclr, lars_optimizer.py): the rate is inside the momentum buffer.
+
+        g <- gradient + weight_decay w;   t = eta |w| / |g|, or 1 if either norm is 0
+        v <- momentum v + (lr t) g;       w <- w - v
+
+    1-d parameters (batch-norm gamma and beta, biases) get neither weight decay nor adaptation (t = 1). `lr` is the rate
+    of a step, already scaled for the batch. List operations only; nothing waits for the device.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("eta", eta)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"LARS: {name} is {value}; expected a finite number, at least 0")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            for adapted in (True, False):
+                some = [p for p in params if (p.ndim > 1) == adapted]
+                if some:
+                    self._update(some, [self.state[p]["momentum_buffer"] for p in some], adapted, group)
+        return loss
+
+    @staticmethod
+    def _update(params, buffers, adapted, group):
+        gradients = [p.grad for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        if adapted:
+            gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+            w_norm = torch.stack(torch._foreach_norm(params))
+            g_norm = torch.stack(torch._foreach_norm(gradients))
+            t = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1.0)
+            torch._foreach_mul_(gradients, list((group["lr"] * t).unbind()))
+            torch._foreach_add_(buffers, gradients)
+        else:
+            torch._foreach_add_(buffers, gradients, alpha=group["lr"])
+        torch._foreach_sub_(params, buffers)
+
+
+def warmup_cosine(step, total_steps, warmup_steps):
+    """Learning-rate factor in [0, 1]: linear from 0 at step 0 to 1 at warmup_steps, cosine to 0 at total_steps."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
+
+
+# ======================================================================================================================
+# 6. InfoNCE
+# ======================================================================================================================
+
+
+def info_nce(z1, z2, temperature):
+    """InfoNCE, Eq. (1), averaged over the 2N anchors: a 0-d float32 tensor, ln(2N - 1) for indistinguishable views.
+
+    z1, z2 (N, d): row i of each is a view of image i; computed in float32 whatever their dtype. With torch.distributed
+    initialised the rows are this rank's share, every rank's views are compared with, and the mean over ranks of the
+    result (and of its gradient, as DistributedDataParallel takes it) is that of one process with the whole batch.
+    ValueError for unequal shapes or a temperature that is not above 0.
+    """
+    return info_nce_and_accuracy(z1, z2, temperature)[0]
+
+
+def info_nce_and_accuracy(z1, z2, temperature):
+    """`info_nce` and the share of anchors, 0-d in [0, 1], whose own partner is the most similar of all 2N - 1 views."""
+    if z1.shape != z2.shape or z1.ndim != 2:
+        raise ValueError(f"info_nce needs two (N, d) tensors of the same shape, got {tuple(z1.shape)}, {tuple(z2.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"info_nce: temperature is {temperature}; expected a number above 0")
+    with torch.autocast(z1.device.type, enabled=False):
+        n, everyone = len(z1), world_size() * len(z1)
+        z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
+        logits = torch.cat([z1, z2]) @ torch.cat([gather(z1), gather(z2)]).T / temperature  # (2n, 2N)
+        own = torch.arange(n, device=z1.device) + rank() * n
+        own = torch.cat([own, own + everyone])  # the column of each row itself; its partner is N columns away
+        logits = logits.scatter(1, own[:, None], -math.inf)
+        partner = (own + everyone) % (2 * everyone)
+        return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
+
+
+# ======================================================================================================================
+# 7. Distributed helpers: without torchrun, one process with rank 0 of 1
+# ======================================================================================================================
+
+
+def world_size():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """This process's number, 0 to world_size() - 1."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def print0(*values):
+    """print, by rank 0 only, at once."""
+    if rank() == 0:
+        print(*values, flush=True)
+
+
+def gather(x):
+    """Every rank's rows of x, in rank order: (world_size n, d). Its gradient sums over ranks, so none is lost."""
+    return torch.cat(dist_nn.all_gather(x)) if world_size() > 1 else x
+
+
+@contextlib.contextmanager
+def distributed(device_name):
+    """Joins the processes that torchrun started, if it did; yields this process's device."""
+    if "LOCAL_RANK" not in os.environ:
+        yield pick_device(device_name)
+        return
+    if device_name in (None, "cuda") and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+# ======================================================================================================================
+# 8. Checkpoints
+# ======================================================================================================================
+
+
+def save_atomically(content, path):
+    """torch.save to a temporary file, flushed to the disk, then renamed: `path` is the old or the new file, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint of ours; nothing in the file is executed. UserError if it is not one."""
+    advice = "expected a file written by train_simclr.py or train_supervised.py"
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {advice}") from None
+    except Exception as error:  # damaged files fail in many ways, all of them meaning the same
+        raise UserError(f"{path}: truncated, damaged or not a plain checkpoint ({str(error).split(chr(10))[0][:100]}); "
+                        f"{advice}") from None
+    if not isinstance(content, dict) or not {"settings", "epoch", "step", "backbone", "head"} <= content.keys():
+        raise UserError(f"{path}: is no checkpoint of this study; {advice}")
+    return content
+
+
+def load_weights(model, checkpoint, path):
+    """Copies a checkpoint's backbone and head into `model`; UserError naming what does not fit."""
+    weights = dict(checkpoint["backbone"]) | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
+    try:
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: its weights do not fit a ResNet-50 with this stem and head ({str(error)[:300]})") from None
+
+
+def load_model(path, device="cpu"):
+    """The network of a checkpoint on `device`, in eval mode, ready for `representations`.
+
+    `model.settings` is the dict of settings it was trained with, and "epoch" the epochs it has behind it. UserError if
+    the file is missing, damaged or does not fit.
+    """
+    checkpoint = read_checkpoint(path, device)
+    settings = checkpoint["settings"]
+    try:
+        model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its settings lack {error}; train it again with this version") from None
+    load_weights(model, checkpoint, path)
+    model.settings = settings | {"epoch": checkpoint["epoch"]}
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+# ======================================================================================================================
+# 9. Training
+# ======================================================================================================================
+
+
+def training_arguments(doc, presets, argv=None):
+    """Parsed flags of a training script: the preset's values wherever a flag is not given. Exits with 2 if impossible."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    count = number(int, low=1)
+    add("--preset", choices=list(presets), default="paper", help="values of all flags not given (default: paper)")
+    add("--data", help="CIFAR-10 folder, folder with train/<class>/ and test/<class>/ images, or synthetic (default: data)")
+    add("--out", help="folder for checkpoints and logs (default: checkpoints/<preset>)")
+    add("--seeds", type=number(int, low=0), nargs="+", help="one network per seed, trained one after another (App. A: 3)")
+    add("--epochs", type=count, help="passes over the training images (App. A)")
+    add("--batch-size", type=count, help="images per step, over all processes (App. A)")
+    add("--micro-batch", type=count, help="images per forward and backward, per process: lower it to save memory")
+    add("--checkpoint-activations", action="store_true",
+        help="save memory by computing activations twice; exact, batch norm included")
+    add("--image-size", type=number(int, low=8), help="pixels, training and test (footnote 3: 224; SimCLR B.9: 32)")
+    add("--stem", choices=("imagenet", "cifar"), help="7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)")
+    add("--lr", type=number(float, low=0), help="learning rate per 256 images: the peak is lr * batch-size / 256")
+    add("--weight-decay", type=number(float, low=0), help="L2 factor; batch norm and biases are exempt")
+    add("--warmup-epochs", type=number(float, low=0), help="epochs of linear warmup (App. A)")
+    if "temperature" in presets["paper"]:
+        add("--temperature", type=number(float, above=0), help="tau of Eq. (1)")
+    add("--subset", type=count, help="training images used, a fixed random choice (default: all)")
+    add("--checkpoint-every", type=count, help="epochs between checkpoints")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
+    add("--precision", choices=("fp32", "bf16"), help="of products in training (default: bf16 where hardware has it)")
+    add("--compile", action="store_true", help="torch.compile the network; pays on GPUs")
+    args = parser.parse_args(argv)
+    preset = presets[args.preset]
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.warmup_epochs > args.epochs:
+        if args.warmup_epochs != preset["warmup_epochs"]:
+            parser.error(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
+        args.warmup_epochs = args.epochs / 2  # a short run by flags alone: the preset's warmup must leave room
+    if len(set(args.seeds)) != len(args.seeds):
+        parser.error(f"--seeds {args.seeds}: each seed once")
+    args.out = args.out or f"checkpoints/{args.preset}"
+    return args
+
+
+# The settings of a run: all that its result depends on, and what a figure needs to know.
+SETTINGS = ("preset data epochs batch_size micro_batch checkpoint_activations image_size stem lr weight_decay "
+            "warmup_epochs temperature strength blur subset precision").split()
+
+
+def run_settings(args, method, seed, data, device):
+    """The settings dict (plain types only) of one run; UserError if the batch does not fit the data or the ranks."""
+    n = len(data.train_images)
+    if args.subset and args.subset > n:
+        raise UserError(f"--subset {args.subset}: the training set has {n} images")
+    n = args.subset or n
+    if args.batch_size > n:
+        raise UserError(f"--batch-size {args.batch_size}: the run uses {n} training images; give at most that")
+    if args.batch_size % world_size():
+        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world_size()} processes")
+    if args.batch_size // world_size() < 2:
+        raise UserError(f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process")
+    settings = {name: getattr(args, name, None) for name in SETTINGS}
+    settings["precision"] = args.precision or ("bf16" if has_bf16(device) else "fp32")
+    settings["micro_batch"] = min(args.micro_batch or args.batch_size, args.batch_size)
+    mean, std = channel_statistics(data.train_images)
+    return settings | {"method": method, "seed": seed, "train_images": n, "classes": list(data.classes),
+                       "mean": list(mean), "std": list(std)}
+
+
+def steps_until(epoch, n, batch_size):
+    """Steps after which `epoch` passes over n images are complete. Batches cross the ends of epochs, as in SimCLR."""
+    return -(-epoch * n // batch_size)
+
+
+class Order:
+    """The endless stream of training images: one permutation after another, each a function of seed and epoch only."""
+
+    def __init__(self, seed, n, total, device):
+        self.seed, self.n, self.device, self.known = seed, n, device, {}
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]  # --subset: same for every seed
+        self.chosen = chosen.sort().values.to(device)
+
+    def __getitem__(self, stream):
+        """Indices (int64, on the device) of the images at positions stream.start to stream.stop - 1."""
+        first, last = stream.start // self.n, (stream.stop - 1) // self.n
+        epochs = range(first, last + 1)
+        self.known = {e: self.known[e] if e in self.known else self._permutation(e) for e in epochs}
+        joined = torch.cat([self.known[e] for e in epochs])
+        return joined[stream.start - first * self.n:stream.stop - first * self.n]
+
+    def _permutation(self, epoch):
+        return self.chosen[torch.randperm(self.n, generator=generator_for("cpu", "order", self.seed, epoch)).to(self.device)]
+
+
+@contextlib.contextmanager
+def frozen_statistics(model):
+    """Batch norm normalises with the batch's statistics as in training, but leaves its running statistics alone."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def checkpoint_blocks(model):
+    """Makes each bottleneck keep only its input and compute its activations again in the backward pass."""
+    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in layer:
+            contexts = functools.partial(lambda b: (contextlib.nullcontext(), frozen_statistics(b)), block)
+            block.forward = functools.partial(recompute_activations, block.forward, use_reentrant=False,
+                                              context_fn=contexts, preserve_rng_state=False)
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT into a question asked once per step; a second signal ends the process as usual."""
+
+    def __init__(self):
+        self.signal, self.previous = None, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.signal = number
+        signal.signal(number, self.previous[number])
+
+    def asked(self):
+        """True on every rank once any rank got a signal."""
+        if world_size() == 1:
+            return self.signal is not None
+        flag = torch.tensor([float(self.signal is not None)])  # on the CPU: gloo, no wait for the GPU
+        dist.all_reduce(flag)
+        return bool(flag > 0)
+
+
+class Log:
+    """The JSON-lines file beside a checkpoint: one record for the run, one per epoch. Only rank 0 writes."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def start(self, settings, device):
+        """A new file with the run's record: settings, git commit, versions, device."""
+        self._replace([self._run_record(device) | {"settings": settings}])
+
+    def resume(self, epoch, device):
+        """Drops records of epochs after `epoch`, which will be run again, and notes where the run goes on."""
+        records = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a line cut short by a kill
+                    records.append(json.loads(line))
+        self._replace([r for r in records if r.get("epoch", 0) <= epoch] + [{"resumed_after_epoch": epoch} | self._run_record(device)])
+
+    def write(self, record):
+        """Appends one record."""
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _replace(self, records):
+        if rank() == 0:
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
+            os.replace(temporary, self.path)
+
+    @staticmethod
+    def _run_record(device):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent) if shutil.which("git") else None
+        return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": git.stdout.strip() or None if git else None,
+                "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+                "world_size": world_size(), "threads": torch.get_num_threads()}
+
+
+class Batch(NamedTuple):
+    """This rank's share of one step: images uint8 (n, 3, h, w), labels (n,), and how to draw augmentation parameters."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    draw: object
+
+    def params(self, make, view=0, **options):
+        """`make`'s parameters for these images: drawn for the whole batch from (seed, step, view), then this rank's rows."""
+        return self.draw(make, view, options)
+
+
+class Run:
+    """One network in training: everything that a checkpoint holds, and the step, epoch and file operations on it."""
+
+    def __init__(self, args, settings, data, device):
+        self.settings, self.data, self.device, self.args = settings, data, device, args
+        self.name = f"{settings['method']}_seed{settings['seed']}"
+        self.path = Path(args.out) / f"{self.name}.pt"
+        self.log = Log(self.path.with_suffix(".jsonl"))
+        self.n, self.batch, self.epochs = settings["train_images"], settings["batch_size"], settings["epochs"]
+        self.total = steps_until(self.epochs, self.n, self.batch)
+        self.warmup = int(settings["warmup_epochs"] * self.n // self.batch)
+        self.peak = settings["lr"] * self.batch / 256
+        self.order = Order(settings["seed"], self.n, len(data.train_images), device)
+        local = self.batch // world_size()
+        self.rows = slice(rank() * local, (rank() + 1) * local)  # this rank's part of each batch
+        self.epoch = self.step = 0
+        self.spent = 0.0  # seconds in the current epoch
+        self.sums = torch.zeros(3, device=device)  # losses, accuracies, steps of the current epoch
+        self.bad_step = torch.full((), -1, device=device)  # first step whose loss was not finite
+
+    def build(self, checkpoint):
+        """The network and optimizer, new or from `checkpoint`, and the wrappers that the flags ask for."""
+        s = self.settings
+        self.model = build_model(s["method"], s["stem"], len(s["classes"]), s["seed"])
+        if checkpoint:
+            load_weights(self.model, checkpoint, self.path)
+        if world_size() > 1 and self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = LARS(trained, self.peak, weight_decay=s["weight_decay"])
+        if checkpoint:
+            try:
+                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
+            except (KeyError, ValueError, AttributeError) as error:
+                raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to start again") from None
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+        if s["checkpoint_activations"]:
+            checkpoint_blocks(self.model)
+        if self.args.compile:
+            self.model.compile()  # in place: parameter names stay as they are
+        self.network, self.no_sync = self.model, contextlib.nullcontext
+        if world_size() > 1:
+            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.no_sync = self.network.no_sync
+
+    def autocast(self):
+        """The context of the network's forward pass: bf16 products if the settings say so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bf16")
+
+    def next_batch(self):
+        """The next step's `Batch`; a function of seed and step only."""
+        images, step, seed = self.data.train_images, self.step, self.settings["seed"]
+        chosen = self.order[step * self.batch:(step + 1) * self.batch][self.rows]
+
+        def draw(make, view, options):
+            generator = generator_for(self.device, "augmentation", seed, step, view)
+            return _slice(make(self.batch, *images.shape[2:], self.device, generator, **options), self.rows)
+
+        return Batch(images[chosen], self.data.train_labels[chosen], draw)
+
+    def take_step(self, gradients):
+        """One optimizer step. Nothing in it waits for the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak * warmup_cosine(self.step, self.total, self.warmup)
+        loss, accuracy = gradients(self, self.next_batch())
+        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), self.step, self.bad_step)
+        self.sums += torch.stack([loss, accuracy, torch.ones_like(loss)])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def refuse_if_not_finite(self):
+        """UserError naming the first step whose loss was not finite, or if a weight is not; on every rank alike."""
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
+        bad = torch.stack([self.bad_step, torch.where(finite, -1, self.step)])
+        if world_size() > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        loss_step, weight_step = bad.tolist()
+        if loss_step >= 0 or weight_step >= 0:
+            what = f"the loss of step {loss_step}" if loss_step >= 0 else f"a weight after step {weight_step}"
+            raise UserError(f"{self.name}: {what} (of {self.total}) is not finite; stopped, the last good checkpoint is "
+                            "kept; lower --lr or raise --warmup-epochs")
+
+    def save(self):
+        """Writes the checkpoint; a file that cannot be written leaves the previous one as it was."""
+        self.refuse_if_not_finite()
+        average_statistics(self.model)
+        if rank() == 0:
+            weights = self.model.state_dict()
+            try:
+                save_atomically({
+                    "settings": self.settings, "epoch": self.epoch, "step": self.step, "sums": self.sums, "spent": self.spent,
+                    "backbone": {name: value for name, value in weights.items() if not name.startswith("fc.")},
+                    "head": {name[3:]: value for name, value in weights.items() if name.startswith("fc.")},
+                    "optimizer": self.optimizer.state_dict()}, self.path)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{self.path}: cannot be written ({error}); the previous checkpoint is kept") from None
+
+    def end_epoch(self):
+        """Counts, logs and prints the epoch that the last step completed."""
+        self.refuse_if_not_finite()
+        sums = self.sums.clone()
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        loss, accuracy, steps = sums.tolist()  # the wait for the device that ends an epoch
+        self.epoch += 1
+        images = round(steps) // world_size() * self.batch
+        record = {"epoch": self.epoch, "loss": loss / steps, "lr": self.optimizer.param_groups[0]["lr"],
+                  "images_per_second": images / self.spent, "accuracy": accuracy / steps}
+        if self.settings["method"] == "supervised":
+            record["test_accuracy"] = self.test_accuracy()
+        self.log.write(record)
+        rest = (self.total - self.step) * self.batch / record["images_per_second"] / 60
+        print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {record['loss']:.4f}  "
+               f"accuracy {record['accuracy']:.3f}" + (f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else "")
+               + f"  lr {record['lr']:.3g}  {record['images_per_second']:.0f} images/s  {rest:.0f} min left")
+        self.sums.zero_()
+        self.spent = 0.0
+
+    @torch.no_grad()
+    def test_accuracy(self):
+        """Share of test images classified correctly, by the network in eval mode; the ranks share the work."""
+        average_statistics(self.model)
+        self.model.eval()
+        s, images, labels = self.settings, self.data.test_images, self.data.test_labels
+        right = torch.zeros((), device=self.device)
+        for start in range(rank() * 256, len(images), world_size() * 256):
+            inputs = imagenet_test(images[start:start + 256], s["image_size"], s["mean"], s["std"])
+            with self.autocast():
+                logits = self.model(inputs.contiguous(memory_format=torch.channels_last))
+            right += (logits.argmax(1) == labels[start:start + 256]).sum()
+        if world_size() > 1:
+            dist.all_reduce(right)
+        self.model.train()
+        return right.item() / len(images)
+
+
+def average_statistics(model):
+    """Batch norm's running statistics averaged over the ranks, so that every rank and every checkpoint has the same."""
+    if world_size() > 1:
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        flat = torch.cat([b.flatten() for b in buffers])
+        dist.all_reduce(flat)
+        for buffer, mean in zip(buffers, (flat / world_size()).split([b.numel() for b in buffers])):
+            buffer.copy_(mean.view_as(buffer))
+
+
+def refuse_other_settings(path, saved, wanted):
+    """UserError naming every setting on which the result depends that differs from the checkpoint's."""
+    differ = [f"{k} {saved.get(k)} -> {wanted[k]}" for k in wanted if k not in ("preset", "data") and saved.get(k) != wanted[k]]
+    if differ:
+        raise UserError(f"{path} was trained with other settings ({'; '.join(differ)[:300]}); give the same flags to resume, "
+                        "or another --out")
+
+
+def train(args, settings, data, device, gradients):
+    """Trains the network of `settings`, writing `<out>/<method>_seed<seed>.pt` and `.jsonl`; resumes by itself.
+
+    `gradients(run, batch)` adds the gradient of the mean loss over the rank's `Batch` to the parameters and returns
+    (loss, accuracy), 0-d and detached. The result is a function of the settings alone: killed at any moment and started
+    again on the same device, training ends in the same weights, bit for bit.
+    """
+    run = Run(args, settings, data, device)
+    if rank() == 0:
+        for leftover in (run.path, run.log.path):
+            leftover.with_name(leftover.name + ".tmp").unlink(missing_ok=True)
+    checkpoint = read_checkpoint(run.path, "cpu") if run.path.exists() else None
+    if checkpoint:
+        refuse_other_settings(run.path, checkpoint["settings"], settings)
+        if checkpoint["epoch"] >= run.epochs:
+            print0(f"{run.path}: finished, {run.epochs} epochs; skipped")
+            return
+    run.build(checkpoint)
+    if checkpoint:
+        print0(f"{run.path}: resumed after epoch {run.epoch} of {run.epochs}, step {run.step} of {run.total}")
+        run.log.resume(run.epoch, device)
+    else:
+        run.log.start(settings, device)
+
+    with Stop() as stop, out_of_memory_advice(settings):
+        while run.epoch < run.epochs:
+            started, end, stopped = time.perf_counter() - run.spent, steps_until(run.epoch + 1, run.n, run.batch), False
+            while run.step < end and not stopped:
+                run.take_step(gradients)
+                stopped = stop.asked()
+            run.spent = time.perf_counter() - started
+            if run.step == end:
+                run.end_epoch()
+            if stopped or run.epoch % args.checkpoint_every == 0 or run.epoch == run.epochs:
+                run.save()
+            if stopped and run.epoch < run.epochs:
+                print0(f"{run.path}: stopped by a signal after step {run.step} of {run.total} and saved; "
+                       "the same command resumes")
+                sys.exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(settings):
+    """Turns running out of memory into a UserError that names the sizes in use and the flags that help."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        raise UserError(f"out of memory with --batch-size {settings['batch_size']} --micro-batch {settings['micro_batch']} "
+                        f"--image-size {settings['image_size']} --precision {settings['precision']}: lower --micro-batch, or "
+                        "give --checkpoint-activations or --precision bf16, or use more processes") from None
+
+
+def train_all(doc, method, presets, gradients):
+    """The `main` of a training script: flags, data, then one network after another, a seed each."""
+    args = training_arguments(doc, presets)
+    with distributed(args.device) as device:
+        writable_folder(args.out)
+        if rank() == 0:
+            data = load_data(args.data, device)  # downloads or decodes once; the others then find it done
+        if world_size() > 1:
+            dist.barrier()
+        if rank() > 0:
+            data = load_data(args.data, device)
+        for seed in args.seeds:
+            train(args, run_settings(args, method, seed, data, device), data, device, gradients)
