@@ -1215,3 +1215,374 @@ def train_all(doc, method, presets, gradients):
             data = load_data(args.data, device)
         for seed in args.seeds:
             train(args, run_settings(args, method, seed, data, device), data, device, gradients)
+
+
+# ======================================================================================================================
+# 10. Linear CKA: everything between the two "----" lines works alone, with torch (2.9 or newer)
+# ======================================================================================================================
+
+# ---- copy from here ----
+# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples, between all
+# layers of any number of networks, in bounded memory. The normalisation of HSIC (m^2 - 1 or (m - 1)^2) cancels.
+import contextlib
+import math
+import os
+import sys
+import time
+import warnings
+from typing import NamedTuple
+
+import torch
+
+
+class GramStatistics(NamedTuple):
+    """What one pass over the Gram matrices of L layers gives; all on the CPU, reductions in float64."""
+
+    cka: torch.Tensor  # (L, L) float64, Eq. (2) with the biased HSIC; NaN where a layer is constant
+    debiased_cka: torch.Tensor  # (L, L) float64, with the unbiased HSIC of Song et al. 2012; NaN for fewer than 4 samples
+    dominance: torch.Tensor  # (L,) float64 in [0, 1]: share of HSIC(K, K) in the rows of the 1 % of samples with most
+    dominant: torch.Tensor  # (L, ceil(m / 100)) int64: those samples, the strongest first
+    constant: list  # indices of layers that are the same for every sample
+
+
+def linear_cka(x, y, debiased=False):
+    """Linear CKA of two representations of the same m samples: a 0-d float64 tensor (float32 on MPS) on x's device.
+
+    x (m, ...) and y (m, ...) of any trailing shape are flattened per sample. The biased CKA, Eq. (2), lies in [0, 1];
+    the debiased one (Song et al. 2012; Nguyen et al. 2021) is at most 1 and about 0 for unrelated representations.
+    Products in float32, or float64 if the inputs are. ValueError for unequal m, fewer than 2 samples (debiased: 4), a
+    representation that is constant over samples, or NaN or infinite values.
+    """
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise ValueError(f"linear_cka compares the same samples: got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if len(x) < (4 if debiased else 2):
+        raise ValueError(f"linear_cka needs at least {4 if debiased else 2} samples, got {len(x)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a constant layer is an error here
+        both = gram_statistics([lambda a, b: [x[a:b]], lambda a, b: [y[a:b]]], len(x), precision="float32", batch=1024)
+    if both.constant:
+        raise ValueError(f"{' and '.join('xy'[i] for i in both.constant)} is constant over samples: CKA is undefined")
+    value = (both.debiased_cka if debiased else both.cka)[0, 1]
+    return value.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def cka_matrix(sources, m, debiased=False, **options):
+    """(L, L) float64 tensor on the CPU: linear CKA between all layers of all sources; see `gram_statistics`."""
+    statistics = gram_statistics(sources, m, **options)
+    return statistics.debiased_cka if debiased else statistics.cka
+
+
+@torch.no_grad()
+def gram_statistics(sources, m, precision=None, memory=None, batch=128):
+    """`GramStatistics` of all layers of all `sources`, over samples 0 to m - 1, exact for any m.
+
+    sources: list of callables, one per network or view; source(start, stop) returns the list of that network's features
+        (stop - start, ...) of those samples, the same list every time it is asked.
+    precision: of the Gram matrices' products. "float32"; "tf32" (CUDA); "bfloat16": inputs rounded to bfloat16, float32
+        results. None: the fastest of them on this device (bfloat16 where there is hardware for it, else float32).
+        Features are centred first, which is what makes rounding harmless. Float64 features keep float64 products,
+        except in "bfloat16".
+    memory: bytes for features and Gram tiles; None: half of what is free on the features' device. If all features fit
+        in three quarters, each source is asked once per sample; else features are computed again, the less memory the
+        more often.
+    batch: samples per call of a source.
+
+    How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Pass one finds each
+    feature's mean. Pass two takes a block of rows at a time: the upper triangle's part of every layer's K' in these rows,
+    then all pairs of layers' products summed over it, then the tiles are dropped. Rows of K' sum to zero, so the
+    debiased estimator needs K's diagonal besides, nothing else.
+
+    ValueError for features that are not finite, or a source that changes its mind about shapes. Layers that are constant
+    over samples get NaN and a warning.
+    """
+    if m < 2:
+        raise ValueError(f"CKA needs at least 2 samples, got m = {m}")
+    if precision not in (None, "float32", "tf32", "bfloat16"):
+        raise ValueError(f"precision {precision!r}: expected float32, tf32, bfloat16 or None")
+    features = _CentredFeatures(sources, m, precision, memory, batch)
+    pairs, diagonal, rows = _sum_over_pairs(features, m)
+    pairs, diagonal, rows = pairs.double().cpu(), diagonal.cpu().double(), rows.cpu().double()
+
+    off = 2 * pairs  # both triangles
+    squares, traces = diagonal @ diagonal.T, diagonal.sum(1)  # sums over i of K'_ii L'_ii, and of K'_ii
+    hsic = off + squares
+    unbiased = torch.full_like(hsic, math.nan)
+    if m > 3:  # Song et al. 2012, Eq. (5); with its diagonal removed, row i of K' sums to -K'_ii
+        unbiased = off + torch.outer(traces, traces) / ((m - 1) * (m - 2)) - squares * (2 / (m - 2))
+    carried = rows + diagonal ** 2  # (L, m): what each sample's row adds to HSIC(K, K)
+    top = carried.topk(-(-m // 100), dim=1)
+    constant = (hsic.diagonal() == 0).nonzero().flatten().tolist()
+    for layer in constant:
+        warnings.warn(f"layer {layer} ({features.name(layer)}) is constant over samples: its CKA is NaN", stacklevel=2)
+    return GramStatistics(_normalise(hsic), _normalise(unbiased), top.values.sum(1) / carried.sum(1), top.indices, constant)
+
+
+def _normalise(hsic):
+    norms = hsic.diagonal().sqrt()  # one by one: the product of two could overflow
+    return hsic / norms[:, None] / norms[None, :]
+
+
+class _CentredFeatures:
+    """The features of all sources, centred over all samples and scaled per layer; kept, or computed when asked for."""
+
+    def __init__(self, sources, m, precision, memory, batch):
+        self.sources, self.m, self.batch = sources, m, batch
+        self.first, self.shift, self.scale = [], [], []  # per source, lists over layers
+        self.kept, self.precision, self.memory = [], precision, memory
+        progress = _Progress("CKA: features", m * len(sources))
+        for s in range(len(sources)):
+            self._measure(s, progress)
+        progress.close()
+        self.sizes = [len(shifts) for shifts in self.shift]
+        if self.kept is not None:
+            for s, layers in enumerate(self.kept):
+                for i, x in enumerate(layers):
+                    layers[i] = self._centred(x, s, i)
+
+    def _measure(self, s, progress):
+        """Pass one over source s: each feature's mean, each layer's range; keeps the features while there is room.
+
+        Sums are of differences from the first sample: exactly zero for a constant, and accurate for any mean.
+        """
+        for a, b in self._chunks(0, self.m):
+            features = self._ask(s, a, b)
+            if a == 0:
+                self._prepare(features)
+                first, sums = [x[0].clone() for x in features], [0.0] * len(features)
+                low, high = [[torch.zeros((), dtype=x.dtype, device=x.device) for x in features] for _ in range(2)]
+                room = self._room_for(features)
+                self.first.append(first)
+            elif [x.shape[1:] for x in features] != [x.shape for x in first]:
+                raise ValueError(f"source {s} returned other shapes for samples {a} to {b - 1} than for the first ones")
+            for i, x in enumerate(features):
+                x = torch.sub(x, first[i], out=room[i][a:b] if room else None)
+                sums[i] = sums[i] + x.sum(0).to(_wide(x.device))
+                least, most = torch.aminmax(x)
+                low[i], high[i] = torch.minimum(low[i], least), torch.maximum(high[i], most)
+            progress.add(b - a)
+        spread = torch.stack([(h - l).cpu() for h, l in zip(high, low)])
+        for i in (~spread.isfinite()).nonzero().flatten().tolist():
+            raise ValueError(f"source {s}, layer {i}: features contain NaN or infinite values")
+        self.shift.append([(total / self.m).to(x.dtype) for total, x in zip(sums, first)])
+        # a power of two that brings the features to about 1: exact, and no product can overflow or vanish
+        exponents = torch.frexp(spread).exponent.clamp(-120, 120)
+        self.scale.append([2.0 ** -e for e in exponents.tolist()])
+        if room:
+            self.kept.append(room)
+
+    def _prepare(self, features):
+        """Decisions that need a device: once, at the first features seen."""
+        if not self.first:
+            self.device = features[0].device
+            self.precision = self.precision or fastest_precision(self.device)
+            self.memory = free_memory(self.device) // 2 if self.memory is None else int(self.memory)
+            self.dtype = max((x.dtype for x in features), key=lambda d: d.itemsize)
+
+    def _room_for(self, features):
+        """Empty tensors for all samples of these layers, or None if keeping every feature would take too much."""
+        sizes = [x[0].numel() * x.itemsize for x in features]
+        used = sum(x.nbytes for layers in self.kept or [] for x in layers)
+        if self.kept is not None and used + self.m * sum(sizes) <= 0.75 * self.memory:
+            return [torch.empty(self.m, x.shape[1], dtype=x.dtype, device=x.device) for x in features]
+        self.kept = None
+        self.batch = max(1, min(self.batch, self.memory // 8 // max(1, sum(sizes))))
+        return None
+
+    def _ask(self, s, a, b):
+        """The source's features of samples a to b - 1, each (b - a, p), in float32 or float64."""
+        features = [torch.as_tensor(x) for x in self.sources[s](a, b)]
+        if not features or any(x.ndim == 0 or len(x) != b - a for x in features):
+            raise ValueError(f"source {s} must return a list of tensors of {b - a} rows for samples {a} to {b - 1}, "
+                             f"got shapes {[tuple(x.shape) for x in features]}")
+        return [x.reshape(b - a, -1).to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in features]
+
+    def _centred(self, x, s, i):
+        """x - first sample (overwritten) -> centred and scaled, in the type that is multiplied."""
+        x.sub_(self.shift[s][i]).mul_(self.scale[s][i])
+        if self.precision == "bfloat16":
+            x = x.bfloat16()
+            if x.device.type != "cuda":  # elsewhere bfloat16 inputs give bfloat16 results; torch's bf16 mode does not
+                x = x.float()
+        return x
+
+    def _chunks(self, a, b):
+        while a < b:
+            yield a, min(a + self.batch, b)
+            a = min(a + self.batch, b)
+
+    def blocks(self, s, a, b):
+        """Yields (start, stop, list of (stop - start, p)) that cover samples a to b - 1 of source s."""
+        if self.kept is not None:
+            if a < b:
+                yield a, b, [x[a:b] for x in self.kept[s]]
+            return
+        for c, d in self._chunks(a, b):
+            features = self._ask(s, c, d)
+            yield c, d, [self._centred(x - self.first[s][i], s, i) for i, x in enumerate(features)]
+
+    def rows(self, s, a, b):
+        """The list of (b - a, p) of source s."""
+        if self.kept is not None:
+            return next(self.blocks(s, a, b))[2]
+        whole = None
+        for c, d, features in self.blocks(s, a, b):
+            whole = whole or [x.new_empty(b - a, x.shape[1]) for x in features]
+            for x, part in zip(whole, features):
+                x[c - a:d - a] = part
+        return whole
+
+    def rows_that_fit(self, a):
+        """How many rows, from row a, the memory has room for with all their tiles (and, if not kept, their features)."""
+        width, layers = self.m - a, sum(self.sizes)
+        tile = self.dtype.itemsize * width * (layers + 2)  # one row of every layer's tile; two for temporaries
+        if self.kept is not None:
+            used, row, most = sum(x.nbytes for ls in self.kept for x in ls), tile, 1024
+        else:
+            sizes = [sum(x.nbytes for x in firsts) for firsts in self.first]  # bytes per sample of each source
+            used, row, most = 3 * self.batch * max(sizes) + 2 * sum(sizes), tile + max(sizes), width
+        fits = (self.memory - used) // row
+        if fits < 1:
+            raise ValueError(f"memory={self.memory} bytes is too little: one row of tiles and one batch of features need "
+                             f"{used + row}")
+        return int(min(width, most, fits))
+
+    def name(self, layer):
+        """ "source s, layer i" of a layer's number among all."""
+        for s, size in enumerate(self.sizes):
+            if layer < size:
+                return f"source {s}, layer {layer}"
+            layer -= size
+
+
+def _sum_over_pairs(features, m):
+    """Pass two. Sums over i < j of K'_ij L'_ij (L, L) in float64; diagonals K'_ii (L, m); row sums of squares (L, m)."""
+    count = sum(features.sizes)
+    pairs = torch.zeros(count, count, dtype=_wide(features.device), device=features.device)
+    diagonal, rows = (torch.zeros(count, m, dtype=features.dtype, device=features.device) for _ in range(2))
+    progress = _Progress("CKA: Gram matrices", m * m * len(features.sizes) // 2)
+    a = 0
+    while a < m:
+        b = a + features.rows_that_fit(a)
+        tiles = torch.empty(count, b - a, m - a, dtype=features.dtype, device=features.device)
+        layer = 0
+        for s, size in enumerate(features.sizes):
+            own, mine = features.rows(s, a, b), tiles[layer:layer + size]
+            with _matmul_precision(features.precision):
+                for x, tile in zip(own, mine):
+                    _upper_triangle(x, tile[:, :b - a])
+            progress.add((b - a) ** 2 // 2)
+            for c, d, others in features.blocks(s, b, m):
+                with _matmul_precision(features.precision):
+                    for x, y, tile in zip(own, others, mine):
+                        _multiply(x, y, tile[:, c - a:d - a])
+                progress.add((b - a) * (d - c))
+            layer += size
+        for i, tile in enumerate(tiles):
+            corner = tile[:, :b - a]
+            diagonal[i, a:b] = corner.diagonal()
+            corner.triu_(1)
+            squares = tile.square()
+            rows[i, a:b] += squares.sum(1)
+            rows[i, a:] += squares.sum(0)
+        pairs += _inner_products(tiles.view(count, -1))
+        a = b
+    progress.close()
+    return pairs, diagonal, rows
+
+
+def _multiply(x, y, out):
+    """out = x @ y.T with float32 results (float64 for float64 inputs)."""
+    if x.dtype == torch.bfloat16:
+        out.copy_(torch.mm(x, y.T, out_dtype=torch.float32))
+    elif x.dtype == out.dtype:
+        torch.mm(x, y.T, out=out)
+    else:
+        out.copy_(x @ y.T)
+
+
+def _upper_triangle(x, out):
+    """The blocks of x @ x.T on and above the diagonal, by halves, so that little below it is computed."""
+    n = len(x)
+    if n <= 128:
+        _multiply(x, x, out)
+    else:
+        h = n // 2
+        _multiply(x[:h], x[h:], out[:h, h:])
+        _upper_triangle(x[:h], out[:h, :h])
+        _upper_triangle(x[h:], out[h:, h:])
+
+
+def _inner_products(v, piece=2048):
+    """v @ v.T of v (L, n), n large: float32 products over short pieces, summed in float64."""
+    with _matmul_precision("float32"):
+        whole = v.shape[1] // piece * piece
+        total = (v[:, whole:] @ v[:, whole:].T).to(_wide(v.device))
+        for part in v[:, :whole].split(256 * piece, dim=1):
+            part = part.reshape(len(v), -1, piece).transpose(0, 1)
+            total += torch.bmm(part, part.transpose(1, 2)).to(total.dtype).sum(0)
+    return total
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision):
+    """torch's own switches for float32 products, set for a while."""
+    wanted = {torch.backends.cuda.matmul: "tf32" if precision == "tf32" else "ieee",
+              torch.backends.mkldnn.matmul: "bf16" if precision == "bfloat16" else "ieee"}
+    before = {backend: backend.fp32_precision for backend in wanted}
+    try:
+        for backend, value in wanted.items():
+            backend.fp32_precision = value
+        yield
+    finally:
+        for backend, value in before.items():
+            backend.fp32_precision = value
+
+
+def fastest_precision(device):
+    """The fastest `precision` of `gram_statistics` whose CKA error is below 1e-4: bfloat16 if hardware has it."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+
+
+def free_memory(device):
+    """Bytes free on a device: what the driver says, or what the kernel and the container's limit leave."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = [4 << 30]  # where nobody says
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo") as file:
+            free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
+    with contextlib.suppress(OSError, ValueError):  # the limit is the word "max" where there is none
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free.append(int(limit.read()) - int(used.read()))
+    return max(min(free), 1 << 28)
+
+
+def _wide(device):
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+
+
+class _Progress:
+    """How far, and the time left, on stderr: only on a terminal, and only for what takes more than a few seconds."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done = what, max(1, total), 0
+        self.start = self.shown = time.monotonic()
+
+    def add(self, amount):
+        """Counts `amount` more of the total as done."""
+        self.done += amount
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self.start > 3 and now - self.shown > 0.5:
+            self.shown = now
+            left = (now - self.start) * (self.total / self.done - 1)
+            print(f"\r{self.what} {min(1, self.done / self.total):4.0%}, {left:.0f} s left   ", end="", file=sys.stderr)
+
+    def close(self):
+        """Clears the line, if one was shown."""
+        if self.shown > self.start:
+            print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+# ---- to here ----
