@@ -1586,3 +1586,234 @@ class _Progress:
         if self.shown > self.start:
             print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
 # ---- to here ----
+
+
+# ======================================================================================================================
+# 11. Figures: command line, networks, sources, findings, drawing
+# ======================================================================================================================
+
+LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1) for kind in ("odd", "even")]
+HEAD = ["head.1", "head.2", "head.3"]
+ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
+GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
+NAMES, COLORS = {"simclr": "SimCLR", "supervised": "Supervised"}, {"simclr": "tab:blue", "supervised": "tab:orange"}
+
+
+def figure_parser(doc):
+    """The flags that all figure scripts share; parse with `parse_figure_arguments`."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--checkpoints", default="checkpoints/paper", help="folder of *_seed*.pt files (default: checkpoints/paper)")
+    add("--out", help="folder for the .png and .npz (default: figures/<name of the checkpoint folder>)")
+    add("--data", help="as in training (default: what the networks were trained on)")
+    add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
+    add("--debiased", action="store_true", help="debiased CKA instead of the biased one of Eq. (2)")
+    add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
+    add("--precision", choices=("float32", "tf32", "bfloat16"),
+        help="of the Gram matrices' products (default: the fastest whose CKA error is below 1e-4)")
+    add("--memory", type=number(float, above=0), help="GB for CKA (default: half of what is free)")
+    return parser
+
+
+class Study(NamedTuple):
+    """What a figure is made from: networks per method in the order of their seeds, and the test images."""
+
+    args: object
+    device: torch.device
+    out: Path
+    networks: dict  # method -> list of models in eval mode, each with its `settings`
+    data: Data
+    images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
+    labels: torch.Tensor  # (m,)
+
+
+def open_study(parser, methods, argv=None):
+    """`Study` of the networks of `methods` in --checkpoints, after checking that everything needed is there."""
+    args = parser.parse_args(argv)
+    device, folder = pick_device(args.device), Path(args.checkpoints)
+    networks = {}
+    for method in methods:
+        paths = sorted(folder.glob(f"{method}_seed*.pt"), key=lambda p: (len(p.name), p.name))
+        if not paths:
+            raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
+                            f"`python train_{method}.py --out {folder}`")
+        networks[method] = [load_model(path, device) for path in paths]
+        for path, model in zip(paths, networks[method]):
+            if model.settings["epoch"] < model.settings["epochs"]:
+                warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
+    settings = [model.settings for models in networks.values() for model in models]
+    for name in ("stem", "image_size", "data"):
+        values = sorted({str(s[name]) for s in settings})
+        if len(values) > 1:
+            warn(f"networks differ in {name}: {', '.join(values)}")
+    data = load_data(args.data or settings[0]["data"], device)
+    total = len(data.test_images)
+    if args.samples and args.samples > total:
+        raise UserError(f"--samples {args.samples}: the test set has {total} images")
+    m = args.samples or total
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:m].sort().values.to(device)
+    out = writable_folder(args.out or Path("figures") / (folder.resolve().name or "figures"))
+    return Study(args, device, out, networks, data, data.test_images[chosen], data.test_labels[chosen])
+
+
+def warn(text):
+    """One line on stderr."""
+    print("warning: " + text, file=sys.stderr)
+
+
+def prepare(model, images, params=None):
+    """uint8 images as the network sees them: under its test pipeline, or augmented as in its training by `params`."""
+    s = model.settings
+    if s["method"] == "simclr":
+        x = (simclr_test(images, s["image_size"]) if params is None else
+             simclr_augment(images, s["image_size"], s["strength"], s["blur"], params=params))
+    else:
+        standard = s["image_size"], s["mean"], s["std"]
+        x = imagenet_test(images, *standard) if params is None else imagenet_augment(images, *standard, params=params)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def copy_params(model, images, view):
+    """Training augmentation parameters for copy `view` (0 or 1) of a test set; the same for every network of a method."""
+    generator = generator_for(images.device, "augmented copy", view)
+    shape = len(images), *images.shape[2:], images.device, generator
+    if model.settings["method"] == "simclr":
+        return simclr_params(*shape, strength=model.settings["strength"])
+    return imagenet_params(*shape)
+
+
+def network_source(model, images, view=None, layers=slice(None)):
+    """A source for `gram_statistics`: the representations of images, or of their augmented copy `view`.
+
+    `layers` picks among the network's representations, 32 or (with a head) 35 in depth order.
+    """
+    params = None if view is None else copy_params(model, images, view)
+
+    def source(start, stop):
+        rows = slice(start, stop)
+        inputs = prepare(model, images[rows], None if params is None else _slice(params, rows))
+        found = list(representations(model, inputs).values())
+        return found[layers] if isinstance(layers, slice) else [found[i] for i in layers]
+
+    return source
+
+
+def measure(study, sources, names):
+    """(CKA (L, L) as the flags ask for, dominance (L,)) as numpy arrays; says which layers rest on few images.
+
+    `names`: one per layer of all sources, for the warnings.
+    """
+    args = study.args
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = gram_statistics(sources, len(study.images), precision=args.precision, batch=args.batch_size,
+                                memory=int(args.memory * 1e9) if args.memory else None)
+    for layer in found.constant:
+        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
+    for other in caught:
+        if "is constant" not in str(other.message):
+            warn(str(other.message))
+    dominance = found.dominance.numpy()
+    for layer in np.flatnonzero(dominance > 0.5):
+        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K); its CKA rests on them")
+    return (found.debiased_cka if args.debiased else found.cka).numpy(), dominance
+
+
+def layer_names(models, layers):
+    """"method seed s layer" for each layer of each model, in the order of their sources."""
+    return [f"{NAMES[m.settings['method']]} seed {m.settings['seed']} {layer}" for m in models for layer in layers]
+
+
+def finding(identity, claim, *numbers):
+    """One claim of the paper, judged: a dict for `report`.
+
+    numbers: (label, values over pairs or networks, sign, threshold): the claim needs sign * values > sign * threshold.
+    It holds if that is true of the mean by more than the spread (with fewer than three values: of each), does not hold
+    if the opposite is, else is undecided; of several numbers the least favourable decides.
+    """
+    verdicts = []
+    for _, values, sign, threshold in numbers:
+        margin = sign * (np.asarray(values, float) - threshold)
+        few = margin.size < 3
+        low, high = (margin.min(), margin.max()) if few else (margin.mean() - margin.std(), margin.mean() + margin.std())
+        verdicts.append("holds" if low > 0 else "does not hold" if high < 0 else "undecided")
+    verdict = next(v for v in ("does not hold", "undecided", "holds") if v in verdicts)
+    return {"id": identity, "claim": claim, "verdict": verdict,
+            "numbers": [(label, np.atleast_1d(np.asarray(values, float))) for label, values, _, _ in numbers]}
+
+
+def rank_correlation(values):
+    """Spearman's correlation of values (..., n), along the last dimension, with 1 to n."""
+    ranks = np.argsort(np.argsort(values, -1), -1)
+    depth = np.arange(ranks.shape[-1]) - (ranks.shape[-1] - 1) / 2
+    return (ranks * depth).sum(-1) / (depth ** 2).sum()
+
+
+def report(study, name, figure, arrays, findings):
+    """Writes <out>/<name>.png and .npz (arrays, findings, settings) and prints the findings, one line each."""
+    for f in findings:
+        numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in f["numbers"])
+        count = f["numbers"][0][1].size
+        print(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
+    settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
+    arrays = arrays | {f"finding_{f['id']}_{i}": v for f in findings for i, (_, v) in enumerate(f["numbers"])}
+    arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
+               "samples": len(study.images), "debiased": study.args.debiased, "settings": json.dumps(settings)}
+    path = study.out / f"{name}.npz"
+    try:
+        with open(path.with_name(path.name + ".tmp"), "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(file.name, path)
+        figure.savefig(study.out / f"{name}.png", dpi=150)
+    except OSError as error:
+        raise UserError(f"--out {study.out}: cannot write ({error.strerror})") from None
+    plt.close(figure)
+    print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "
+          f"{'debiased' if study.args.debiased else 'biased'} CKA)")
+
+
+def new_figure(panels, widths=None):
+    """A figure and its row of `panels` axes, of the size all figures share."""
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.3), layout="constrained", width_ratios=widths)
+    return figure, axes
+
+
+def mark_block_groups(ax, per_block=1, head=0, both=False):
+    """Ticks and thin lines for BG1 to BG4 (and the head): `per_block` layers per bottleneck, on x, or on both axes."""
+    counts = [per_block * b for b in BLOCK_GROUPS] + ([head] if head else [])
+    ends = np.cumsum(counts)
+    centres, labels = ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(counts)]
+    ax.set_xticks(centres, labels)
+    ax.tick_params(length=0)
+    for end in ends[:-1]:
+        ax.axvline(end - 0.5, color="white" if both else "lightgray", linewidth=0.8, zorder=1)
+    if both:
+        ax.set_yticks(centres, labels)
+        for end in ends[:-1]:
+            ax.axhline(end - 0.5, color="white", linewidth=0.8)
+
+
+def cka_heatmap(ax, matrix, title, xlabel, ylabel, per_block=1, head=0):
+    """A CKA matrix with the first layer at the lower left, colours from 0 to 1, block groups marked; the image."""
+    image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    mark_block_groups(ax, per_block, head, both=True)
+    return image
+
+
+def depth_lines(ax, values, color, label, marker="o"):
+    """Mean over networks or pairs of values (S, layers) against depth, with a band of one standard deviation."""
+    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
+    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
+    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
+
+
+def add_colorbar(figure, image, axes, debiased):
+    """One bar for all heatmaps of a figure."""
+    figure.colorbar(image, ax=axes, label="debiased linear CKA" if debiased else "linear CKA", shrink=0.8, pad=0.01)
+
+
+def plural(count, noun):
+    """ "1 pair", "3 pairs"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,104 @@
+"""Figure 1: CKA between the layers of SimCLR networks of different initialisation; Figure 4: the same for supervision.
+
+    python fig1_internal.py --checkpoints checkpoints/paper
+    python fig1_internal.py --checkpoints checkpoints/paper --method supervised     # Figure 4, App. B
+
+Panels: all 32 layers, the 16 odd (residual), the 16 even (post-residual); mean over all pairs of seeds. Look for: even
+layers similar along a broad diagonal, odd ones to little but themselves, blocks within block groups. Writes fig1.* or
+fig4.*: `cka` (32, 32), `layers`, `pairs` (P, 32, 32), `dominance` (S, 32) and the findings 1a-1c or 4a-4d.
+"""
+
+import itertools
+
+import numpy as np
+
+from common import (BLOCK_GROUPS, EVEN, LAYERS, NAMES, ODD, add_colorbar, cka_heatmap, figure_parser, finding, layer_names,
+                    measure, network_source, new_figure, open_study, plural, report, user_errors)
+
+
+def compare_seeds(study, models):
+    """pairs (P, 32, 32): rows the layers of one seed, columns of another; and dominance (S, 32). One seed: itself."""
+    cka, dominance = measure(study, [network_source(m, study.images, layers=slice(0, 32)) for m in models],
+                             layer_names(models, LAYERS))
+    count = len(models)
+    blocks = cka.reshape(count, 32, count, 32).swapaxes(1, 2)  # (S, S, 32, 32)
+    pairs = list(itertools.combinations(range(count), 2)) or [(0, 0)]
+    return np.stack([blocks[i, j] for i, j in pairs]), dominance.reshape(count, 32)
+
+
+def off_diagonal(matrices, mask):
+    """Mean over the True cells of `mask` of each of matrices (P, n, n)."""
+    return matrices[:, mask].mean(1)
+
+
+def structure(pairs):
+    """The quantities of claims a to c, each (P,), and the mean similarity across block groups."""
+    odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
+    i, j = np.indices((16, 16))
+    neighbours, itself, others = abs(i - j) == 1, i == j, i != j
+    group = np.repeat([1, 2, 3, 4], [2 * b for b in BLOCK_GROUPS])
+    same, own = group[:, None] == group, np.eye(32, dtype=bool)
+    contrast = {name: off_diagonal(m, itself) - off_diagonal(m, others) for name, m in (("odd", odd), ("even", even))}
+    across = off_diagonal(pairs, ~same)
+    return {"a": off_diagonal(even, neighbours) - off_diagonal(odd, neighbours), "b": contrast["odd"],
+            "b_even": contrast["odd"] - contrast["even"], "c": off_diagonal(pairs, same & ~own) - across, "across": across}
+
+
+def findings(number, name, pairs):
+    """Claims 1a-1c (or 4a-4c)."""
+    s = structure(pairs)
+    return [finding(f"{number}a", f"{name}: neighbouring even layers are similar, odd ones are not",
+                    ("even - odd", s["a"], 1, 0)),
+            finding(f"{number}b", f"{name}: odd layers are similar largely only to themselves",
+                    ("diagonal - rest, odd", s["b"], 1, 0), ("more than even by", s["b_even"], 1, 0)),
+            finding(f"{number}c", f"{name}: similarity is higher within block groups than across",
+                    ("within - across", s["c"], 1, 0))]
+
+
+def other_method(study, other):
+    """`pairs` of the other method's figure in the same folder, for claim 4d; None if it is not there or not comparable."""
+    path = study.out / f"{other}.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as saved:
+        same = int(saved["samples"]) == len(study.images) and bool(saved["debiased"]) == study.args.debiased
+        return saved["pairs"] if same else None
+
+
+def plot(pairs, name, seeds, debiased):
+    """The three panels."""
+    figure, axes = new_figure(3)
+    mean = pairs.mean(0)
+    one = len(seeds) == 1
+    what = f"seed {seeds[0]} with itself" if one else f"mean of {plural(len(pairs), 'pair')} of seeds"
+    for ax, matrix, layers, per_block in zip(axes, (mean, mean[ODD, ODD], mean[EVEN, EVEN]), ("all", "odd", "even"), (2, 1, 1)):
+        image = cka_heatmap(ax, matrix, f"{name}, {layers} layers", f"{name} layer", f"{name} layer", per_block)
+    figure.suptitle(f"CKA between layers of {name} networks: {what}")
+    add_colorbar(figure, image, axes, debiased)
+    return figure
+
+
+def main():
+    parser = figure_parser(__doc__)
+    parser.add_argument("--method", choices=("simclr", "supervised"), default="simclr", help="supervised: Figure 4")
+    method = parser.parse_args().method
+    study = open_study(parser, [method])
+    models, name, number = study.networks[method], NAMES[method], {"simclr": 1, "supervised": 4}[method]
+    if len(models) == 1:
+        print("only one seed: this compares a network with itself, which the paper avoids; train another seed")
+    pairs, dominance = compare_seeds(study, models)
+    claims = findings(number, name, pairs)
+    other = other_method(study, f"fig{5 - number}")
+    if other is not None:
+        across = {method: structure(pairs)["across"], ("supervised" if number == 1 else "simclr"): structure(other)["across"]}
+        common = min(map(len, across.values()))  # pairs of seeds that both methods have
+        claims.append(finding("4d", "SimCLR disagrees even more across block groups than supervision", (
+            "supervised - SimCLR, across", across["supervised"][:common] - across["simclr"][:common], 1, 0)))
+    seeds = [m.settings["seed"] for m in models]
+    arrays = {"cka": pairs.mean(0), "pairs": pairs, "layers": np.array(LAYERS), "dominance": dominance, "seeds": np.array(seeds)}
+    report(study, f"fig{number}", plot(pairs, name, seeds, study.args.debiased), arrays, claims)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()
