@@ -69,6 +69,11 @@ def user_errors():
     except BrokenPipeError:  # the reader of our output went away: nothing left to say
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder taken away: the machine's trouble, not the code's
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,14 +122,6 @@ def pick_device(name=None):
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # denormal gradients behind a zero gamma slow some CPUs by a fifth
     return device
-
-
-def has_bf16(device):
-    """True if `device` multiplies bfloat16 in hardware, so that bf16 is faster than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def generator_for(device, *key):
@@ -265,14 +262,14 @@ def _decode(name):
         raise UserError(f"{name}: not a readable image ({' '.join(str(error).split())[:120]}); replace or remove it") from None
 
 
-SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "square", "triangle", "ring", "cross")
-                     for texture in ("plain", "striped")]
+SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
+                     for texture in ("plain", "upright striped", "level striped", "checked", "ringed")]
 
 
 def synthetic_images(n, seed):
     """n images uint8 (n, 3, 32, 32) and labels int64 (n,) of `SYNTHETIC_CLASSES`, on the CPU; the same for the same seed.
 
-    A class is a shape and a texture. Position, size, tilt, both colours, the stripes' phase and the background's
+    A class is a shape and a texture. Position, size, tilt, both colours, the texture's phase and the background's
     shading and noise are drawn independently of it, so colour alone does not give the class away.
     """
     g = torch.Generator().manual_seed(seed)
@@ -281,24 +278,23 @@ def synthetic_images(n, seed):
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
     labels = torch.randint(10, (n,), generator=g)
-    shape, striped = (labels // 2).view(n, 1, 1), (labels % 2).view(n, 1, 1).bool()
     axis = torch.arange(32.0)
-    x, y = axis.view(1, 1, 32) - uniform(11, 20, 1, 1), axis.view(1, 32, 1) - uniform(11, 20, 1, 1)
-    tilt, radius = uniform(-0.3, 0.3, 1, 1), uniform(7, 11, 1, 1)
-    u, v = (x * tilt.cos() + y * tilt.sin()) / radius, (y * tilt.cos() - x * tilt.sin()) / radius
-    rho, a, b = torch.hypot(u, v), u.abs(), v.abs()
-    # each: below 0 inside the shape, in units of the radius
-    distances = torch.stack([rho - 0.9, torch.maximum(a, b) - 0.8, torch.maximum(0.866 * a + 0.5 * v, -v) - 0.5,
-                             (rho - 0.72).abs() - 0.24,
-                             torch.minimum(torch.maximum(a - 0.3, b - 1), torch.maximum(a - 1, b - 0.3))], 1)
-    distance = distances.gather(1, shape.unsqueeze(1).expand(n, 1, 32, 32)).squeeze(1)
-    inside = (0.5 - distance * radius).clamp(0, 1)  # one pixel wide edge
-    stripes = ((u * radius * (2 * math.pi / 4.5) + uniform(0, 6.3, 1, 1)).sin() > 0) & striped
+    x, y = axis.view(1, 1, 32) - uniform(12, 20, 1, 1), axis.view(1, 32, 1) - uniform(12, 20, 1, 1)
+    tilt, radius = uniform(-0.2, 0.2, 1, 1), uniform(9, 14, 1, 1)
+    u, v = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()  # pixels from the centre, along its axes
+    rho, a, b = torch.hypot(u, v), u.abs() / radius, v.abs() / radius
+    cross = torch.minimum(torch.maximum(a / 0.4, b), torch.maximum(a, b / 0.4))
+    size = torch.where((labels >= 5).view(n, 1, 1), cross, rho / radius)  # below 1 inside the shape
+    inside = (0.5 + (1 - size) * radius).clamp(0, 1)  # one pixel wide edge
+    phase = uniform(0, 2 * math.pi, 1, 1)
+    waves = [(w * (2 * math.pi / 6) + phase).sin() for w in (u, v, rho)]  # six pixels a period
+    textures = torch.stack([torch.ones(n, 32, 32), waves[0], waves[1], waves[0] * waves[1], waves[2]], 1)
+    dark = textures.gather(1, (labels % 5).view(n, 1, 1, 1).expand(n, 1, 32, 32)) < 0
     back, front = torch.rand(n, 3, 1, 1, generator=g), torch.rand(n, 3, 1, 1, generator=g)
     near = (front - back).abs().amax(1, keepdim=True) < 0.4  # too little contrast: move the shape half the range away
     front = torch.where(near, (back + 0.5) % 1, front)
     shading = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=32, mode="bilinear", align_corners=False)
-    ink = torch.where(stripes.unsqueeze(1), 1 - front, front)
+    ink = torch.where(dark, 1 - front, front)
     images = torch.lerp(back + shading, ink, inside.unsqueeze(1)) + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
@@ -1183,10 +1179,10 @@ def train(args, settings, data, device, gradients):
                 run.end_epoch()
             if stopped or run.epoch % args.checkpoint_every == 0 or run.epoch == run.epochs:
                 run.save()
-            if stopped and run.epoch < run.epochs:
+            if stopped:
                 print0(f"{run.path}: stopped by a signal after step {run.step} of {run.total} and saved; "
                        "the same command resumes")
-                sys.exit(128 + signal.SIGTERM)
+                sys.exit(128 + (stop.signal or signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -1301,7 +1297,7 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128):
         raise ValueError(f"precision {precision!r}: expected float32, tf32, bfloat16 or None")
     features = _CentredFeatures(sources, m, precision, memory, batch)
     pairs, diagonal, rows = _sum_over_pairs(features, m)
-    pairs, diagonal, rows = pairs.double().cpu(), diagonal.cpu().double(), rows.cpu().double()
+    pairs, diagonal, rows = (t.cpu().double() for t in (pairs, diagonal, rows))
 
     off = 2 * pairs  # both triangles
     squares, traces = diagonal @ diagonal.T, diagonal.sum(1)  # sums over i of K'_ii L'_ii, and of K'_ii
@@ -1374,7 +1370,7 @@ class _CentredFeatures:
         """Decisions that need a device: once, at the first features seen."""
         if not self.first:
             self.device = features[0].device
-            self.precision = self.precision or fastest_precision(self.device)
+            self.precision = self.precision or ("bfloat16" if has_bf16(self.device) else "float32")
             self.memory = free_memory(self.device) // 2 if self.memory is None else int(self.memory)
             self.dtype = max((x.dtype for x in features), key=lambda d: d.itemsize)
 
@@ -1538,12 +1534,12 @@ def _matmul_precision(precision):
             backend.fp32_precision = value
 
 
-def fastest_precision(device):
-    """The fastest `precision` of `gram_statistics` whose CKA error is below 1e-4: bfloat16 if hardware has it."""
+def has_bf16(device):
+    """True if `device` multiplies bfloat16 in hardware, so that it is faster than float32."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def free_memory(device):

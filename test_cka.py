@@ -1,0 +1,971 @@
+"""Checks of everything the study rests on, each against a slow literal reference or hand-computed values.
+
+    python test_cka.py            # all checks, on a CPU in under two minutes; pytest runs the same functions
+    python test_cka.py cka lars   # only checks whose name contains one of the words
+
+Inputs are new random numbers in every run; TEST_SEED=<the seed printed> repeats one.
+"""
+
+import argparse
+import atexit
+import builtins
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+import urllib.error
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
+
+import common
+from train_simclr import contrastive_gradients
+from train_supervised import supervised_gradients
+
+HERE = Path(__file__).resolve().parent
+SEED = int(os.environ.get("TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
+
+
+def rng():
+    """A generator with this run's seed; every check starts its own, so that it can be repeated alone."""
+    if "pytest" in sys.modules:
+        print(f"TEST_SEED={SEED}")  # pytest shows it beside a failure
+    return torch.Generator().manual_seed(SEED)
+
+
+def assert_close(got, want, tolerance, what="result"):
+    """The largest absolute difference is at most `tolerance`; NaN never is."""
+    got, want = (torch.as_tensor(t).detach().double() for t in (got, want))
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    error = (got - want).abs().max().item()
+    assert error <= tolerance, f"{what} is off by {error:.2g}, allowed {tolerance:g}"
+
+
+def assert_same_direction_and_size(got, want, tolerance, what="gradient"):
+    """|got - want| / |want| of two lists of tensors, taken as long vectors, is at most `tolerance`."""
+    got, want = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (got, want))
+    error = ((got - want).norm() / want.norm()).item()
+    assert error <= tolerance, f"{what} is off by {error:.2g} of its norm, allowed {tolerance:g}"
+
+
+def assert_same_distribution(sample, reference, what):
+    """Kolmogorov-Smirnov: a sample against another, or against the distribution function given. Fails 1 time in 1e6."""
+    sample = np.sort(np.asarray(sample, float))
+    if callable(reference):
+        theory, n = reference(sample), len(sample)
+        distance = max(np.abs(theory - np.arange(n) / n).max(), np.abs(theory - np.arange(1, n + 1) / n).max())
+        scale = n ** -0.5
+    else:
+        reference = np.sort(np.asarray(reference, float))
+        points = np.union1d(sample, reference)
+        share = [np.searchsorted(s, points, side="right") / len(s) for s in (sample, reference)]
+        distance, scale = np.abs(share[0] - share[1]).max(), (1 / len(sample) + 1 / len(reference)) ** 0.5
+    assert distance < 2.7 * scale, f"{what}: distribution functions differ by {distance:.3f}, chance gives {scale:.3f}"
+
+
+def assert_rate(events, rate, what):
+    """The share of True is within five standard deviations of `rate`."""
+    share, spread = events.double().mean().item(), math.sqrt(rate * (1 - rate) / len(events))
+    assert abs(share - rate) < 5 * spread, f"{what}: rate {share:.3f}, expected {rate}"
+
+
+@contextlib.contextmanager
+def raises(kind, *words):
+    """The block raises `kind` with all `words` in its message."""
+    try:
+        yield
+    except kind as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, f"{kind.__name__} does not mention {missing}: {error}"
+        return
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+@contextlib.contextmanager
+def temporary_folder():
+    """A Path that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def gradients_of(model):
+    """The gradients of all parameters, which are cleared."""
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return gradients
+
+
+# ======================================================================================================================
+# CKA
+# ======================================================================================================================
+
+
+def hsic(k, l, unbiased):
+    """HSIC of two float64 Gram matrices: Tr(KHLH) / (m - 1)^2, Eq. (2), or Song et al. 2012, Eq. (5)."""
+    m = len(k)
+    if not unbiased:
+        h = torch.eye(m, dtype=k.dtype) - 1 / m
+        return (k @ h @ l @ h).trace() / (m - 1) ** 2
+    k, l, one = k - k.diag().diag(), l - l.diag().diag(), torch.ones(m, dtype=k.dtype)
+    return ((k @ l).trace() + (one @ k @ one) * (one @ l @ one) / ((m - 1) * (m - 2))
+            - 2 / (m - 2) * (one @ k @ l @ one)) / (m * (m - 3))
+
+
+def literal_cka(layers, unbiased=False):
+    """(L, L) CKA of layers (m, ...) by the definition, in float64."""
+    grams = [x.double().flatten(1) @ x.double().flatten(1).T for x in layers]
+    h = torch.tensor([[hsic(k, l, unbiased) for l in grams] for k in grams])
+    return h / torch.outer(h.diag(), h.diag()).sqrt()
+
+
+def random_layers(g, m, shapes, mean=0.0):
+    """One float32 tensor (m, *shape) per shape: a part that all share, a part of their own, and a mean."""
+    shared, layers = torch.randn(m, 12, generator=g), []
+    for shape in shapes:
+        p = math.prod(shape)
+        x = shared @ torch.randn(12, p, generator=g) / 12 ** 0.5 + torch.randn(m, p, generator=g)
+        layers.append((x + mean * (1 + torch.rand(p, generator=g))).view(m, *shape))
+    return layers
+
+
+def source(layers, asked=None):
+    """A source of these layers, which adds every (start, stop) that it is asked for to `asked`."""
+    def features(start, stop):
+        if asked is not None:
+            asked.append((start, stop))
+        return [x[start:stop] for x in layers]
+    return features
+
+
+def test_cka_literal():
+    """linear_cka and cka_matrix equal Tr(KHLH) and Song's estimator in float64: p from 1 to 100 m, two sources."""
+    g, m = rng(), 150  # 150 is no multiple of the batch, nor of the 128 rows below which Grams are not halved
+    for mean, tolerance in ((0.0, 2e-5), (100.0, 2e-4)):
+        layers = random_layers(g, m, [(1,), (7,), (5, 6, 5), (15000,)], mean)
+        for debiased in (False, True):
+            want = literal_cka(layers, debiased)
+            got = common.cka_matrix([source(layers[:1]), source(layers[1:])], m, debiased, precision="float32", batch=64)
+            assert got.dtype == torch.float64
+            assert_close(got, want, tolerance, f"cka_matrix, mean {mean}, debiased {debiased}")
+            assert_close(got.diagonal(), torch.ones(4), 1e-6, "CKA of a layer with itself")
+            assert_close(got, got.T, 1e-9, "CKA(X, Y) against CKA(Y, X)")
+            for i, j in ((0, 1), (1, 2), (3, 2)):
+                assert_close(common.linear_cka(layers[i], layers[j], debiased), want[i, j], tolerance, "linear_cka")
+
+
+def test_cka_many_samples():
+    """More samples than one block of rows, one piece of a sum or half a Gram: still the literal value."""
+    m = 1100
+    layers = random_layers(rng(), m, [(3,), (40,)])
+    asked = []
+    got = common.gram_statistics([source(layers, asked)], m, precision="float32", batch=128)
+    assert_close(got.cka, literal_cka(layers), 2e-6, "biased")
+    assert_close(got.debiased_cka, literal_cka(layers, True), 2e-6, "debiased")
+    assert sorted(asked) == [(a, min(a + 128, m)) for a in range(0, m, 128)], "asked more than once per sample"
+
+
+def test_cka_feature_form():
+    """Equal to ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred features."""
+    x, y = random_layers(rng(), 90, [(20,), (300,)])
+    a, b = (t.double() - t.double().mean(0) for t in (x, y))
+    want = (b.T @ a).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())
+    assert_close(common.linear_cka(x, y), want, 2e-6)
+
+
+def test_cka_small_m():
+    """The smallest m that each estimator allows; 3 samples have no debiased CKA."""
+    x, y = random_layers(rng(), 4, [(3,), (5,)])
+    for m, debiased in ((2, False), (3, False), (4, False), (4, True)):
+        want = literal_cka([x[:m], y[:m]])[0, 1]
+        if debiased:  # may be negative: its self-HSIC is too, now and then
+            k = [t.double() @ t.double().T for t in (x, y)]
+            h = [hsic(a, b, True) for a, b in ((k[0], k[1]), (k[0], k[0]), (k[1], k[1]))]
+            want = h[0] / h[1].sqrt() / h[2].sqrt()
+        got = common.linear_cka(x[:m], y[:m], debiased)
+        assert_close(torch.nan_to_num(got), torch.nan_to_num(want), 1e-4, f"m = {m}")
+    three = common.gram_statistics([source([x[:3], y[:3]])], 3)
+    assert three.debiased_cka.isnan().all() and not three.cka.isnan().any()
+
+
+def test_cka_double():
+    """Float64 features keep float64 accuracy."""
+    x, y = (t.double() * 3 + 5 for t in random_layers(rng(), 140, [(9,), (2000,)]))
+    for debiased in (False, True):
+        want = literal_cka([x, y], debiased)
+        assert_close(common.linear_cka(x, y, debiased), want[0, 1], 1e-10, "linear_cka")
+        assert_close(common.cka_matrix([source([x, y])], 140, debiased, precision="float32"), want, 1e-10, "cka_matrix")
+
+
+def test_cka_tiny_and_huge():
+    """Features of size 1e-25 and 1e25, whose squares and fourth powers float32 cannot hold."""
+    x, y = random_layers(rng(), 60, [(30,), (8,)])
+    for a, b in itertools.product((1e-25, 1.0, 1e25), repeat=2):
+        want = literal_cka([x * a, y * b])[0, 1]
+        assert_close(common.linear_cka(x * a, y * b), want, 2e-6, f"scales {a:g} and {b:g}")
+
+
+def test_cka_batch_and_memory():
+    """Batch and memory change nothing; too little memory to keep the features computes them again."""
+    g, m = rng(), 157
+    layers, others = random_layers(g, m, [(4, 5), (600,), (90,)]), random_layers(g, m, [(700,), (3,)])
+    want = common.gram_statistics([source(layers), source(others)], m, precision="float32")
+    for batch, memory in ((1, None), (7, None), (1000, None), (128, 1_500_000), (128, 700_000), (11, 300_000)):
+        asked = []
+        got = common.gram_statistics([source(layers, asked), source(others)], m, precision="float32", batch=batch,
+                                     memory=memory)
+        times = sum(stop - start for start, stop in asked) / m
+        assert times == 1 if memory in (None, 1_500_000) else times > 2, f"each sample was asked for {times} times"
+        for name in ("cka", "debiased_cka", "dominance"):
+            assert_close(getattr(got, name), getattr(want, name), 1e-6, f"{name}, batch {batch}, memory {memory}")
+
+
+def test_cka_bfloat16():
+    """Reduced precision is near the truth, is really another computation, and is never the explicit float32."""
+    m = 200
+    layers = random_layers(rng(), m, [(50,), (800,), (3000,)], mean=10)
+    want, exact = literal_cka(layers), common.cka_matrix([source(layers)], m, precision="float32")
+    rounded = common.cka_matrix([source(layers)], m, precision="bfloat16")
+    assert_close(rounded, want, 1e-3)
+    assert not torch.equal(rounded, exact), "bfloat16 gave float32's bits"
+    best = common.fastest_precision(torch.device("cpu"))
+    assert torch.equal(common.cka_matrix([source(layers)], m), {"float32": exact, "bfloat16": rounded}[best])
+    with raises(ValueError, "float16"):
+        common.cka_matrix([source(layers)], m, precision="float16")
+
+
+def test_cka_invariances():
+    """Rotation, isotropic scale and shift change nothing; a general linear map does."""
+    g = rng()
+    x, y = random_layers(g, 80, [(25,), (12,)])
+    rotation = torch.linalg.qr(torch.randn(25, 25, generator=g)).Q
+    want = common.linear_cka(x, y)
+    for name, changed in (("rotation", x @ rotation), ("scale", x * -7.3), ("shift", x + torch.randn(25, generator=g))):
+        assert_close(common.linear_cka(changed, y), want, 5e-6, name)
+    stretched = common.linear_cka(x * torch.logspace(-2, 2, 25), y)
+    assert abs(stretched - want) > 0.01, "a general linear map left CKA as it was"
+
+
+def test_cka_errors():
+    """ValueError for unequal or too few samples, constant or non-finite features, other row counts, little memory."""
+    g = rng()
+    x, y, z = random_layers(g, 40, [(6,), (9,), (2,)])
+    constant = torch.randn(6, generator=g).expand(40, 6)
+    for bad, words in (((x, y[:39]), ["40", "39"]), ((x[:1], y[:1]), ["at least 2"]), ((constant, y), ["x", "constant"]),
+                       ((x, constant), ["y", "constant"]), ((x[:3], y[:3], True), ["at least 4"])):
+        with raises(ValueError, *words):
+            common.linear_cka(*bad)
+    for value in (math.nan, math.inf, -math.inf):
+        broken = y.clone()
+        broken[33, 4] = value
+        with raises(ValueError, "source 1", "layer 2"):
+            common.cka_matrix([source([x]), source([z, x, broken])], 40, batch=10)
+    with raises(ValueError, "source 0", "rows"):
+        common.cka_matrix([lambda a, b: [x[a:b + 1]]], 39, batch=13)
+    with raises(ValueError, "source 1"):
+        common.cka_matrix([source([x]), lambda a, b: [(x if a else y)[a:b]]], 40, batch=20)
+    with raises(ValueError, "memory=1000"):
+        common.cka_matrix([source([x, y])], 40, memory=1000)
+    with raises(ValueError, "at least 2"):
+        common.cka_matrix([source([x])], 1)
+
+
+def test_cka_constant_layer():
+    """A constant layer gets NaN in its row and column and a warning with its index; the others keep their values."""
+    g = rng()
+    x, y, z = random_layers(g, 50, [(6,), (9,), (200,)])
+    constant = (1e3 * torch.randn(11, generator=g)).expand(50, 11)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        got = common.gram_statistics([source([x, y]), source([constant, z])], 50, precision="float32")
+    assert len(seen) == 1 and "layer 2" in str(seen[0].message) and got.constant == [2]
+    others = [0, 1, 3]
+    for matrix, debiased in ((got.cka, False), (got.debiased_cka, True)):
+        assert matrix[2].isnan().all() and matrix[:, 2].isnan().all()
+        assert_close(matrix[others][:, others], literal_cka([x, y, z], debiased), 2e-5, "other layers")
+
+
+def test_cka_dominance():
+    """The share of sum_ij K'_ij^2 in the rows of the 1 % strongest samples; planted outliers are those samples."""
+    g, m = rng(), 250
+    plain, planted = random_layers(g, m, [(30,), (400,)])
+    outliers = torch.randperm(m, generator=g)[:3]
+    planted[outliers] *= torch.tensor([40.0, 30.0, 20.0])[:, None]
+    got = common.gram_statistics([source([plain, planted])], m, precision="float32", memory=300_000)
+    for i, x in enumerate((plain, planted)):
+        x = x.double() - x.double().mean(0)
+        rows = ((x @ x.T) ** 2).sum(1)
+        strongest = rows.argsort(descending=True)[:3]  # ceil(250 / 100)
+        assert got.dominant[i].tolist() == strongest.tolist()
+        assert_close(got.dominance[i], rows[strongest].sum() / rows.sum(), 1e-6, "dominance")
+    assert got.dominant[1].tolist() == outliers.tolist() and got.dominance[1] > 0.5 > got.dominance[0]
+
+
+def test_cka_restores_switches():
+    """torch's switches for products are set while multiplying and what they were afterwards, also after an exception."""
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before, x, multiply = [s.fp32_precision for s in switches], torch.randn(20, 4, generator=rng()), common._multiply
+    try:
+        switches[0].fp32_precision, switches[1].fp32_precision = "tf32", "bf16"
+        for precision, inside in (("float32", ["ieee", "ieee"]), ("tf32", ["tf32", "ieee"]), ("bfloat16", ["ieee", "bf16"])):
+            seen = []
+
+            def noting(*args, fail):
+                seen.append([s.fp32_precision for s in switches])
+                if fail:
+                    raise RuntimeError("planted")
+                multiply(*args)
+
+            for fail in (False, True):
+                with mock.patch.object(common, "_multiply", functools.partial(noting, fail=fail)):
+                    with raises(RuntimeError, "planted") if fail else contextlib.nullcontext():
+                        common.cka_matrix([source([x])], 20, precision=precision)
+                assert [s.fp32_precision for s in switches] == ["tf32", "bf16"], "switches were not restored"
+            assert seen and all(s == inside for s in seen), f"{precision}: switches were {seen[0]}"
+    finally:
+        switches[0].fp32_precision, switches[1].fp32_precision = before
+
+
+def test_cka_block_stands_alone():
+    """The block of common.py made for copying runs in an empty module, with torch and the standard library only."""
+    text = (HERE / "common.py").read_text()
+    block = text.split("# ---- copy from here ----\n")[1].split("# ---- to here ----")[0]
+    real_import = builtins.__import__
+
+    def guarded(name, *args):
+        assert name.split(".")[0] in sys.stdlib_module_names | {"torch"}, f"the block imports {name}"
+        return real_import(name, *args)
+
+    pasted = {"__name__": "pasted", "__builtins__": vars(builtins) | {"__import__": guarded}}
+    exec(compile(block, "pasted.py", "exec"), pasted)
+    x, y = random_layers(rng(), 70, [(6,), (90,)])
+    want = literal_cka([x, y])
+    assert_close(pasted["linear_cka"](x, y), want[0, 1], 2e-5)
+    assert_close(pasted["cka_matrix"]([source([x, y])], 70, precision="float32", memory=100_000), want, 2e-5)
+
+
+def test_cka_memory():
+    """From m = 1,000 to 4,000, 16 layers take 1 GB of Grams; with 64 MiB to use, the process grows by a tenth of that."""
+    program = """
+import resource, sys, torch, common
+for m in 1000, 4000:
+    layers = [torch.randn(m, 8) for _ in range(16)]
+    common.cka_matrix([lambda a, b: [x[a:b] for x in layers]], m, precision="float32", memory=64 << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True)
+    small, large = map(int, done.stdout.split())
+    assert large - small < 100e6, f"grew by {(large - small) / 1e6:.0f} MB"
+    assert done.stderr == "", "progress was shown although stderr is no terminal"
+
+
+# ======================================================================================================================
+# Device
+# ======================================================================================================================
+
+
+def test_device_purity():
+    """With (fake) CUDA inputs, every output is on CUDA: no part builds a tensor on the CPU."""
+    results = {}
+    with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autocast says that there is no CUDA here
+        images = torch.zeros(6, 3, 40, 24, dtype=torch.uint8, device="cuda")
+        for blur in (True, False):
+            results[f"simclr_augment {blur}"] = [common.simclr_augment(images, 32, blur=blur)]
+        results["imagenet_augment"] = [common.imagenet_augment(images, 32)]
+        results["tests"] = [common.simclr_test(images, 32), common.imagenet_test(images, 32)]
+        for make in (common.simclr_params, common.imagenet_params):
+            results[make.__name__] = make(4, 32, 32, "cuda").values()
+        with torch.device("cuda"):
+            model = common.build_model("simclr", "imagenet").eval()
+        inputs = torch.zeros(2, 3, 32, 32, device="cuda")
+        results["representations"] = common.representations(model, inputs).values()
+        z = torch.zeros(4, 8, device="cuda")
+        results["info_nce"] = common.info_nce_and_accuracy(z, z, 0.5)
+        optimizer = common.LARS(model.parameters(), 0.1, weight_decay=0.1)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        results["LARS"] = [state["momentum_buffer"] for state in optimizer.state.values()]
+        for precision, kept in itertools.product(("float32", "tf32", "bfloat16"), (True, False)):
+            features = _fake_features(precision, kept)
+            results[f"CKA {precision} {kept}"] = common._sum_over_pairs(features, features.m)
+    assert len(results["LARS"]) > 160
+    for name, tensors in results.items():
+        assert all(t.device.type == "cuda" for t in tensors), f"{name} left the device"
+
+
+def _fake_features(precision, kept):
+    """The object that the CKA's second pass reads, without its first pass, which needs values."""
+    layers = [torch.zeros(300, p, device="cuda") for p in (5, 700)]
+    features = common._CentredFeatures.__new__(common._CentredFeatures)
+    vars(features).update(m=300, batch=70, precision=precision, memory=2 << 20, device=layers[0].device,
+                          dtype=torch.float32, sizes=[2], sources=[source(layers)], first=[[x[0] for x in layers]],
+                          shift=[[x.mean(0) for x in layers]], scale=[[1.0, 1.0]], kept=None)
+    if kept:
+        features.kept = [[features._centred(x - x[0], 0, i) for i, x in enumerate(layers)]]
+    return features
+
+
+# ======================================================================================================================
+# Network
+# ======================================================================================================================
+
+BLOCKS = [(group, block) for group, blocks in ((1, 3), (2, 4), (3, 6), (4, 3)) for block in range(1, blocks + 1)]
+BACKBONE_LAYERS = [f"BG{group}.{block}.{kind}" for group, block in BLOCKS for kind in ("odd", "even")]
+
+
+def randomised_resnet(g, model):
+    """The model in eval mode, its batch norms' weights and statistics made random so that no part of one is idle."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.weight, 0.5, 1), (module.bias, -0.3, 0.3), (module.running_mean, -0.1, 0.1),
+                                      (module.running_var, 0.5, 2)):
+                tensor.data.copy_(low + (high - low) * torch.rand(tensor.shape, generator=g))
+    return model.eval()
+
+
+@torch.no_grad()
+def blocks_by_hand(model, images):
+    """The odd and even representations of a torchvision ResNet-50, computed from its parameters, out of place."""
+    def norm(x, bn):
+        view = (1, -1, 1, 1)
+        x = (x - bn.running_mean.view(view)) / (bn.running_var.view(view) + bn.eps).sqrt()
+        return x * bn.weight.view(view) + bn.bias.view(view)
+
+    x = F.max_pool2d(norm(F.conv2d(images, model.conv1.weight, stride=2, padding=3), model.bn1).relu(), 3, 2, 1)
+    found = []
+    for g, b in BLOCKS:
+        block = getattr(model, f"layer{g}")[b - 1]
+        stride = 2 if g > 1 and b == 1 else 1
+        y = norm(F.conv2d(x, block.conv1.weight), block.bn1).relu()
+        y = norm(F.conv2d(y, block.conv2.weight, stride=stride, padding=1), block.bn2).relu()
+        y = norm(F.conv2d(y, block.conv3.weight), block.bn3)
+        if b == 1:
+            x = norm(F.conv2d(x, block.downsample[0].weight, stride=stride), block.downsample[1])
+        x = (x + y).relu()
+        found += [y.flatten(1), x.flatten(1)]
+    return found
+
+
+def count_hooks(model):
+    """Forward hooks registered anywhere in the model."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_representations_by_hand():
+    """Names, depth order and values of all 32 on a plain torchvision ResNet-50, in either memory format; no hook stays."""
+    g = rng()
+    model, images = randomised_resnet(g, torchvision.models.resnet50()), torch.rand(3, 3, 48, 48, generator=g)
+    found, want = common.representations(model, images), blocks_by_hand(model, images)
+    last = common.representations(model.to(memory_format=torch.channels_last),
+                                  images.contiguous(memory_format=torch.channels_last))
+    assert list(found) == list(last) == BACKBONE_LAYERS
+    for name, hand in zip(BACKBONE_LAYERS, want):
+        scale = hand.abs().max().item()
+        assert_close(found[name], hand, 1e-4 * scale, name)
+        assert_close(last[name], hand, 1e-4 * scale, f"{name}, channels_last")
+        assert (found[name].min() < 0) == name.endswith("odd"), f"{name}: sign"
+    assert count_hooks(model) == 0 and not any(t.requires_grad for t in found.values())
+    with raises(RuntimeError):  # an image with one channel: conv1 raises
+        common.representations(model, images[:, :1])
+    with mock.patch.object(model.layer4[2], "forward", side_effect=KeyError("planted")), raises(KeyError):
+        common.representations(model, images)
+    assert count_hooks(model) == 0, "a hook is left after an exception"
+
+
+def test_representations_head_and_stems():
+    """35 with a projection head, whose layers are recomputed by hand; the two stems' shapes; TypeError for ResNet-18."""
+    images = torch.rand(2, 3, 16, 16, generator=rng())
+    model = common.build_model("simclr", "cifar", zero_init=False).eval()
+    found = common.representations(model, images)
+    assert list(found) == BACKBONE_LAYERS + ["head.1", "head.2", "head.3"]
+    assert found["BG1.1.odd"].shape == (2, 256 * 16 * 16) and found["BG4.3.even"].shape == (2, 2048 * 2 * 2)
+    x = found["BG4.3.even"].view(2, 2048, -1).mean(2)
+    for i, layer in enumerate(model.fc.layers, 1):
+        x = x @ layer[0].weight.T / math.sqrt(1 + 1e-5)  # fresh running statistics: mean 0, variance 1
+        x = x.relu() if i < 3 else x
+        assert_close(found[f"head.{i}"], x, 1e-4 * x.abs().max().item(), f"head.{i}")
+    assert x.shape == (2, 128)
+    plain = common.build_model("supervised", "imagenet", classes=7).eval()
+    assert common.representations(plain, images)["BG1.1.even"].shape == (2, 256 * 4 * 4) and plain.fc.out_features == 7
+    assert all((block.bn3.weight == 0).all() for block in plain.layer2), "the last gamma is not zero"
+    with raises(TypeError, "ResNet-50"):
+        common.representations(torchvision.models.resnet18(), images)
+
+
+def test_model_seed():
+    """Weights are a function of the seed alone, and leave torch's own random state as it was."""
+    torch.manual_seed(SEED)
+    expected = torch.rand(3)
+    torch.manual_seed(SEED)
+    a = common.build_model("supervised", "imagenet", seed=4).layer1[0].conv1.weight
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(a, common.build_model("simclr", "imagenet", seed=4).layer1[0].conv1.weight)
+    assert not torch.equal(a, common.build_model("supervised", "imagenet", seed=5).layer1[0].conv1.weight)
+
+
+# ======================================================================================================================
+# Loss, optimizer, schedule
+# ======================================================================================================================
+
+
+def literal_info_nce(z1, z2, temperature):
+    """Eq. (1) as a double loop over anchors and candidates, in float64, averaged over the 2N anchors; and accuracy."""
+    views = torch.cat([z1, z2]).double()
+    n, losses, right = len(z1), [], 0
+    for i in range(2 * n):
+        s = [torch.dot(views[i], views[k]) / (views[i].norm() * views[k].norm()) for k in range(2 * n)]
+        partner = (i + n) % (2 * n)
+        denominator = sum(torch.exp(s[k] / temperature) for k in range(2 * n) if k != i)
+        losses.append(-torch.log(torch.exp(s[partner] / temperature) / denominator))
+        right += all(s[k] <= s[partner] for k in range(2 * n) if k != i)
+    return sum(losses) / (2 * n), right / (2 * n)
+
+
+def test_info_nce_literal():
+    """Value, gradient and accuracy of the double loop; ln(2N - 1) for identical views."""
+    g = rng()
+    for n, d, temperature in ((7, 5, 0.5), (2, 3, 0.1), (1, 4, 0.5)):
+        base = torch.randn(n, d, generator=g)
+        z1, z2 = (base + 0.7 * torch.randn(n, d, generator=g) for _ in range(2))
+        z1, z2 = z1.mul(3).requires_grad_(), z2.requires_grad_()
+        want, right = literal_info_nce(z1, z2, temperature)
+        want_gradients = torch.autograd.grad(want, (z1, z2))
+        loss, accuracy = common.info_nce_and_accuracy(z1, z2, temperature)
+        assert loss.dtype == torch.float32 and loss.shape == ()
+        assert_close(loss, want, 3e-6, f"loss, N = {n}")
+        assert_close(common.info_nce(z1, z2, temperature), want, 3e-6, "info_nce")
+        assert_close(accuracy, right, 1e-6, "accuracy")
+        if n > 1:
+            assert_same_direction_and_size(torch.autograd.grad(loss, (z1, z2)), want_gradients, 1e-5)
+    same = torch.randn(1, 6, generator=g).expand(5, 6)
+    assert_close(common.info_nce(same, same * 2, 0.1), math.log(9), 1e-5, "ln(2N - 1)")
+    low = common.info_nce(z1.detach().bfloat16(), z2.detach().bfloat16(), 0.5)
+    assert low.dtype == torch.float32
+
+
+def test_info_nce_errors():
+    """ValueError for unequal shapes, other ranks of tensors, and temperatures that are not above 0."""
+    z = torch.randn(4, 3, generator=rng())
+    for bad in ((z, z[:3], 0.5), (z[0], z[0], 0.5), (z, z, 0.0), (z, z, -1.0), (z, z, math.nan)):
+        with raises(ValueError):
+            common.info_nce(*bad)
+
+
+def literal_lars(weights, gradients, rates, weight_decay, momentum=0.9, eta=0.001, rate_inside=True):
+    """SimCLR's rule for one tensor in float64, step after step; returns the last weights."""
+    w, v = weights.double(), torch.zeros_like(weights.double())
+    for gradient, rate in zip(gradients, rates):
+        g, t = gradient.double(), 1.0
+        if w.ndim > 1:
+            g = g + weight_decay * w
+            if w.norm() > 0 and g.norm() > 0:
+                t = eta * w.norm() / g.norm()
+        v = momentum * v + (rate if rate_inside else 1) * t * g
+        w = w - (1 if rate_inside else rate) * v
+    return w
+
+
+def test_lars_sequence():
+    """Six steps at a changing rate equal the rule written out; the variant with the rate outside is something else."""
+    g, rates = rng(), [0.0, 3.0, 8.0, 5.0, 1.0, 0.2]
+    shapes = {"matrix": (6, 5), "filter": (4, 3, 2, 2), "vector": (7,), "zero": (3, 4), "no gradient": (3, 3)}
+    for decay in (0.0, 0.3):
+        params = {name: nn.Parameter(torch.randn(shape, generator=g)) for name, shape in shapes.items()}
+        params["zero"].data.zero_()
+        start = {name: p.detach().clone() for name, p in params.items()}
+        gradients = {name: [torch.randn(p.shape, generator=g) for _ in rates] for name, p in params.items()}
+        gradients["no gradient"] = [torch.zeros(3, 3) for _ in rates]
+        unused = nn.Parameter(torch.ones(2))
+        optimizer = common.LARS([*params.values(), unused], lr=1.0, weight_decay=decay)
+        for step, rate in enumerate(rates):
+            optimizer.param_groups[0]["lr"] = rate
+            for name, p in params.items():
+                p.grad = gradients[name][step].clone()
+            optimizer.step()
+        for name, p in params.items():
+            want = literal_lars(start[name], gradients[name], rates, decay)
+            assert_close(p, want, 2e-6 * max(1, want.abs().max().item()), f"{name}, decay {decay}")
+        outside = literal_lars(start["vector"], gradients["vector"], rates, decay, rate_inside=False)
+        assert (params["vector"] - outside).abs().max() > 0.1
+        assert unused.tolist() == [1, 1] and params["zero"].abs().max() > 0
+
+
+def test_lars_zero_gradient():
+    """A zero gradient or weight has t = 1: nothing becomes NaN, and a zero weight takes the plain step."""
+    p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    p.grad, q.grad = torch.zeros(2, 2), torch.full((2, 2), 2.0)
+    common.LARS([p, q], lr=0.5).step()
+    assert p.tolist() == [[1, 1], [1, 1]] and q.tolist() == [[-1, -1], [-1, -1]]
+
+
+def test_lars_errors():
+    """ValueError for settings that are negative or not finite; a closure's loss is returned."""
+    p = nn.Parameter(torch.ones(2))
+    for bad in (dict(lr=-1), dict(lr=math.nan), dict(lr=math.inf), dict(lr=1, momentum=-0.1), dict(lr=1, weight_decay=-1)):
+        with raises(ValueError, list(bad)[-1]):
+            common.LARS([p], **bad)
+    assert common.LARS([p], lr=1).step(lambda: 5) == 5
+
+
+def test_warmup_cosine():
+    """0, 1 and 0 at the ends, linear then cosine in between, 1 at once without warmup, 0 beyond the end."""
+    f = [common.warmup_cosine(step, 50, 10) for step in range(51)]
+    assert f[0] == 0 and f[10] == 1 and abs(f[50]) < 1e-12 and common.warmup_cosine(60, 50, 10) == 0
+    for step in range(51):
+        want = step / 10 if step <= 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 40))
+        assert abs(f[step] - want) < 1e-12, f"step {step}"
+    assert all(a < b for a, b in zip(f[:10], f[1:11])) and all(a > b for a, b in zip(f[10:], f[11:]))
+    assert common.warmup_cosine(0, 20, 0) == 1 and common.warmup_cosine(3, 3, 3) == 1
+
+
+# ======================================================================================================================
+# Augmentation
+# ======================================================================================================================
+
+MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def torchvision_view(image, size, p, blur):
+    """simclr_augment of one image by torchvision's functional operations; p holds this image's parameters."""
+    top, left, height, width = p["box"].tolist()
+    x = TF.resized_crop(image.float() / 255, top, left, height, width, [size, size],
+                        torchvision.transforms.InterpolationMode.BILINEAR, antialias=True)
+    x = TF.horizontal_flip(x) if p["flip"] else x
+    if "factors" not in p:
+        return TF.normalize(x, MEAN, STD)
+    adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+    for operation in p["order"].tolist() if p["jitter"] else []:
+        x = adjust[operation](x, p["factors"][operation].item())
+    x = TF.rgb_to_grayscale(x, 3) if p["gray"] else x
+    kernel = max(k for k in range(1, size // 10 + 2) if k % 2)
+    if blur and p["blur"] and kernel > 1:
+        x = TF.gaussian_blur(x, [kernel, kernel], [p["sigma"].item()] * 2)
+    return x
+
+
+def some_images(g, n, height, width):
+    """uint8 images: half of them noise, half smooth with saturated and gray parts."""
+    noise = torch.rand(n, 3, height, width, generator=g)
+    smooth = F.interpolate(2 * torch.rand(n, 3, 4, 4, generator=g) - 0.5, (height, width), mode="bicubic").clamp(0, 1)
+    smooth[:, :, :3] = smooth[:, :1, :3]
+    images = torch.where(torch.arange(n).view(-1, 1, 1, 1) % 2 == 0, noise, smooth)
+    return (images * 255).round().to(torch.uint8)
+
+
+def test_augment_values():
+    """Image by image equal to torchvision's functional operations with the same parameters: enlarging and shrinking."""
+    g = rng()
+    for height, width, size, strength, blur in ((32, 32, 32, 0.5, False), (32, 32, 48, 1.0, True), (40, 24, 16, 1.0, True),
+                                                (48, 64, 30, 1.0, True), (20, 30, 40, 1.0, False)):
+        images = some_images(g, 16, height, width)
+        params = common.simclr_params(16, height, width, "cpu", g, strength)
+        boxes = {name: params[name] for name in ("box", "flip")}
+        views = common.simclr_augment(images, size, strength, blur, params=params)
+        crops = common.imagenet_augment(images, size, MEAN, STD, params=boxes)
+        assert views.dtype == torch.float32 and views.shape == (16, 3, size, size)
+        for i in range(16):
+            for got, p in ((views, params), (crops, boxes)):
+                want = torchvision_view(images[i], size, {name: value[i] for name, value in p.items()}, blur)
+                assert_close(got[i], want, 1e-3, f"{height} x {width} -> {size}, blur {blur}")
+        whole = TF.resize(images.float() / 255, [size, size], antialias=True)
+        assert_close(common.simclr_test(images, size), whole, 1e-4, "simclr_test")
+        want = (whole - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        assert_close(common.imagenet_test(images, size, MEAN, STD), want, 1e-3, "imagenet_test")
+
+
+def test_augment_batching():
+    """A batch equals its slices with sliced parameters; a seed gives one result; every image has its own parameters."""
+    g = rng()
+    images = some_images(g, 1, 32, 32).expand(120, 3, 32, 32)
+    params = common.simclr_params(120, 32, 32, "cpu", g)
+    whole = common.simclr_augment(images, 48, params=params)
+    for rows in (slice(0, 50), slice(50, 53), slice(53, 120)):
+        part = common.simclr_augment(images[rows], 48, params={name: value[rows] for name, value in params.items()})
+        assert_close(part, whole[rows], 1e-6, "slice")
+    for augment in (common.simclr_augment, common.imagenet_augment):
+        first, again, other = (augment(images, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        assert len({x.numpy().tobytes() for x in first}) > 100, "images share their parameters"
+
+
+def test_augment_boxes_distribution():
+    """Crop area, aspect and position and the flip follow torchvision's RandomResizedCrop, square and narrow images."""
+    torch.manual_seed(SEED)
+    for height, width in ((32, 32), (64, 24), (200, 10)):
+        image = torch.zeros(3, height, width)
+        crop = torchvision.transforms.RandomResizedCrop
+        reference = np.array([crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3000)], float)
+        params = common.imagenet_params(20000, height, width, "cpu", rng())
+        boxes = params["box"].numpy().astype(float)
+        assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
+        for name, measure in (("top", lambda b: b[:, 0]), ("left", lambda b: b[:, 1]), ("area", lambda b: b[:, 2] * b[:, 3]),
+                              ("aspect", lambda b: np.log(b[:, 3] / b[:, 2])), ("bottom", lambda b: b[:, 0] + b[:, 2])):
+            assert_same_distribution(measure(boxes), measure(reference), f"{name} of {height} x {width}")
+        assert_rate(params["flip"], 0.5, "flip")
+
+
+def test_augment_colour_distribution():
+    """Jitter factors, order and the rates and ranges of App. A of SimCLR."""
+    n = 20000
+    for strength in (0.5, 1.0, 1.5):
+        p = common.simclr_params(n, 32, 32, "cpu", rng(), strength)
+        ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3 + [(-0.2 * strength, 0.2 * strength)]
+        uniform = [(p["factors"][:, i], *r) for i, r in enumerate(ranges)] + [(p["sigma"], 0.1, 2.0)]
+        for i, (values, low, high) in enumerate(uniform):
+            assert values.min() >= low and values.max() <= high
+            assert_same_distribution(values, lambda x: (x - low) / (high - low), f"factor {i}, strength {strength}")
+        for name, rate in (("jitter", 0.8), ("gray", 0.2), ("blur", 0.5)):
+            assert_rate(p[name], rate, name)
+        orders = [tuple(order) for order in p["order"].tolist()]
+        for order in itertools.permutations(range(4)):
+            assert_rate(torch.tensor([o == order for o in orders]), 1 / 24, f"order {order}")
+
+
+# ======================================================================================================================
+# Data
+# ======================================================================================================================
+
+
+def write_images(folder, g, classes=("ant", "bee", "cat", "dog"), train=10, test=7, size=16):
+    """A data set of noise images, a colour per class, as train/<class>/<i>.png and test/<class>/<i>.png."""
+    for part, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.rand(size, size, 3, generator=g) * 0.7
+                pixels[:, :, label % 3] += 0.3 * (label > 0)
+                Image.fromarray((pixels * 255).byte().numpy()).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def test_data_synthetic():
+    """The same for the same seed, all classes, train and test disjoint, and colour alone does not give the class away."""
+    images, labels = common.synthetic_images(50, seed=3)
+    again, _ = common.synthetic_images(50, seed=3)
+    assert torch.equal(images, again) and not torch.equal(images, common.synthetic_images(50, seed=4)[0])
+    data = common.load_data("synthetic", torch.device("cpu"))
+    for part_images, part_labels, n in ((data.train_images, data.train_labels, 4000), (data.test_images, data.test_labels, 1000)):
+        assert part_images.shape == (n, 3, 32, 32) and part_images.dtype == torch.uint8
+        assert part_labels.dtype == torch.int64 and part_labels.unique().tolist() == list(range(10))
+    assert len(data.classes) == 10
+    seen = [{x.tobytes() for x in part.numpy()} for part in (data.train_images, data.test_images)]
+    assert len(seen[0]) == 4000 and len(seen[1]) == 1000 and not seen[0] & seen[1]
+    train, test = (part.double().mean((2, 3)) for part in (data.train_images, data.test_images))
+    means = torch.stack([train[data.train_labels == label].mean(0) for label in range(10)])
+    guess = torch.cdist(test, means).argmin(1)
+    assert (guess == data.test_labels).double().mean() < 0.2, "the mean colour gives the class away"
+
+
+def test_data_channel_statistics():
+    """Mean and standard deviation per channel equal numpy's in float64; a flat channel does not divide by zero."""
+    images = some_images(rng(), 20, 15, 9)
+    images[:, 2] = 77
+    mean, std = common.channel_statistics(images)
+    pixels = images.numpy().astype(np.float64) / 255
+    assert_close(mean, torch.from_numpy(pixels.mean((0, 2, 3))), 1e-12, "mean")
+    assert_close(std[:2], torch.from_numpy(pixels.std((0, 2, 3)))[:2], 1e-12, "standard deviation")
+    assert std[2] > 0
+
+
+def test_data_image_folder():
+    """Labels in sorted class order, pixels as stored; the second start decodes nothing, a changed file is noticed."""
+    with temporary_folder() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")):
+        write_images(folder, rng(), classes=("cow", "ape", "bat"), train=3, test=2)
+        decode = mock.Mock(side_effect=common._decode)
+        with mock.patch.object(common, "_decode", decode):
+            data = common.load_data(folder, torch.device("cpu"))
+            again = common.load_data(folder, torch.device("cpu"))
+            assert decode.call_count == 15, "the second start decoded images again"
+            assert data.classes == again.classes == ["ape", "bat", "cow"]
+            assert all(torch.equal(a, b) for a, b in zip(data[:4], again[:4]))
+            assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+            changed = folder / "train" / "bat" / "1.png"
+            pixels = 255 - np.array(Image.open(changed))
+            Image.fromarray(pixels).save(changed)
+            data = common.load_data(folder, torch.device("cpu"))
+            assert decode.call_count == 30, "a changed file was not noticed"
+        assert (data.train_images[4].permute(1, 2, 0).numpy() == pixels).all()
+        with mock.patch.object(common, "_decode", decode):
+            (folder / ".images.cache.pt").write_bytes(b"damaged")
+            assert torch.equal(common.load_data(folder, torch.device("cpu")).train_images, data.train_images)
+
+
+def broken_folders(folder, g):
+    """Yields (path, words that the error must contain) of data that cannot be used."""
+    file = folder / "file"
+    file.write_text("x")
+    yield file, ["file"]
+    for name in ("size", "corrupt", "no test", "classes", "empty"):
+        write_images(folder / name, g, train=2, test=1, size=8)
+    Image.new("RGB", (9, 8)).save(folder / "size" / "test" / "bee" / "0.png")
+    yield folder / "size", ["0.png", "9 x 8", "8 x 8"]
+    broken = folder / "corrupt" / "train" / "cat" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    yield folder / "corrupt", [str(broken)]
+    shutil.rmtree(folder / "no test" / "test")
+    yield folder / "no test", ["test/<class>"]
+    (folder / "classes" / "test" / "ant").rename(folder / "classes" / "test" / "fly")
+    yield folder / "classes", ["ant", "fly"]
+    for image in (folder / "empty" / "train" / "dog").iterdir():
+        image.unlink()
+    yield folder / "empty", ["dog"]
+    (folder / "cifar").mkdir()
+    (folder / "cifar" / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
+    yield folder / "cifar", ["cifar-10-python.tar.gz", "md5", "synthetic"]
+    yield folder / "missing", ["cifar-10-python.tar.gz", "train/<class>/", "synthetic"]
+
+
+@contextlib.contextmanager
+def offline():
+    """torchvision's downloads fail at once, as without a network."""
+    failing = mock.Mock(side_effect=urllib.error.URLError("no network in tests"))
+    with mock.patch.object(torchvision.datasets.cifar, "download_and_extract_archive", failing):
+        yield
+
+
+def test_data_errors():
+    """UserError that says what is wrong: unequal sizes, damaged files, missing parts, altered archives, no network."""
+    with temporary_folder() as folder, offline(), mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")):
+        for path, words in broken_folders(folder, rng()):
+            with raises(common.UserError, *words):
+                common.load_data(path, torch.device("cpu"))
+
+
+# ======================================================================================================================
+# Order of the images, exact large batches
+# ======================================================================================================================
+
+
+def test_order():
+    """The stream is one permutation of the subset per epoch, whatever the batch, and depends on seed and epoch only."""
+    n, total, batch = 23, 60, 9
+    orders = [common.Order(seed, n, total, torch.device("cpu")) for seed in (0, 0, 1)]
+    stream = torch.cat([orders[0][i:i + batch] for i in range(0, 5 * n, batch)])[:5 * n].view(5, n)
+    assert len({tuple(epoch.sort().values.tolist()) for epoch in stream}) == 1, "an epoch is no permutation of the subset"
+    assert len(set(stream[0].tolist())) == n and len({tuple(epoch.tolist()) for epoch in stream}) == 5
+    assert torch.equal(orders[1][3 * n:4 * n], stream[3]), "an epoch's order depends on what was asked before"
+    assert torch.equal(orders[1][n - 3:3 * n + 2], stream.flatten()[n - 3:3 * n + 2]), "a batch of several epochs"
+    other = orders[2][:n]
+    assert not torch.equal(other, stream[0]) and torch.equal(other.sort().values, stream[0].sort().values)
+
+
+def test_steps():
+    """Steps until an epoch's last image is used: the paper's totals, and a count by hand."""
+    assert common.steps_until(1300, 50000, 4096) == 15870 and common.steps_until(300, 50000, 8192) == 1832
+    for epoch in range(1, 8):
+        assert common.steps_until(epoch, 23, 9) == next(s for s in range(99) if 9 * s >= 23 * epoch)
+
+
+def stand_in(model, images, labels, micro_batch):
+    """What the gradient functions use of a Run, and a Batch; augmentation parameters depend on the view only."""
+    settings = dict(micro_batch=micro_batch, image_size=16, strength=0.5, blur=False, temperature=0.5, mean=MEAN, std=STD)
+    run = types.SimpleNamespace(settings=settings, model=model, network=model, device=torch.device("cpu"),
+                                autocast=contextlib.nullcontext, no_sync=contextlib.nullcontext)
+
+    def draw(make, view, options):
+        return make(len(images), *images.shape[2:], "cpu", torch.Generator().manual_seed(SEED + view), **options)
+
+    return run, common.Batch(images, labels, draw)
+
+
+def small_network(norm):
+    """A convolutional net with three normalisations."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 6))
+
+
+def group_norm(channels):
+    return nn.GroupNorm(4, channels)
+
+
+def test_micro_batches():
+    """Whatever the micro-batch, both gradients are those of the whole batch's loss, written out in float64."""
+    g = rng()
+    images, labels = some_images(g, 10, 20, 20), torch.randint(6, (10,), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = small_network(group_norm)
+    exact = small_network(group_norm).double()
+    exact.load_state_dict(model.state_dict())
+    _, batch = stand_in(model, images, labels, 10)
+    views = [common.simclr_augment(images, 16, 0.5, False, params=batch.params(common.simclr_params, view, strength=0.5))
+             for view in (0, 1)]
+    loss, accuracy = literal_info_nce(*(exact(view.double()) for view in views), 0.5)
+    loss.backward()
+    references = [(contrastive_gradients, loss.item(), accuracy, gradients_of(exact))]
+    logits = exact(common.imagenet_augment(images, 16, MEAN, STD, params=batch.params(common.imagenet_params)).double())
+    loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / 10
+    loss.backward()
+    references.append((supervised_gradients, loss.item(), (logits.argmax(1) == labels).double().mean(), gradients_of(exact)))
+    for gradients, loss, accuracy, want in references:
+        for micro_batch in (10, 5, 3, 1):
+            got_loss, got_accuracy = gradients(*stand_in(model, images, labels, micro_batch))
+            assert_close(got_loss, loss, 2e-6, "loss")
+            assert_close(got_accuracy, accuracy, 1e-6, "accuracy")
+            assert not got_loss.requires_grad
+            name = f"{gradients.__name__}, micro-batch {micro_batch}: gradient"
+            assert_same_direction_and_size(gradients_of(model), want, 1e-5, name)
+
+
+def test_micro_batch_statistics():
+    """Batch norm counts each chunk of a micro-batched SimCLR step exactly once."""
+    g = rng()
+    images = some_images(g, 10, 20, 20)
+    model = small_network(nn.BatchNorm2d).train()
+    run, batch = stand_in(model, images, None, 4)
+    mean, var = torch.zeros(8), torch.ones(8)
+    params = [batch.params(common.simclr_params, view, strength=0.5) for view in (0, 1)]
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
+        views = [common.simclr_augment(images[rows], 16, 0.5, False, params={k: v[rows] for k, v in p.items()}) for p in params]
+        x = model[0](torch.cat(views)).detach().transpose(0, 1).flatten(1)  # (channels, images and places)
+        mean, var = 0.9 * mean + 0.1 * x.mean(1), 0.9 * var + 0.1 * x.var(1)
+    contrastive_gradients(run, batch)
+    assert_close(model[1].running_mean, mean, 1e-5, "running mean")
+    assert_close(model[1].running_var, var, 1e-5, "running variance")
+    assert model[1].num_batches_tracked == model[4].num_batches_tracked == 3
+    assert all(m.track_running_stats for m in (model[1], model[4]))
+
+
+def test_checkpoint_activations():
+    """Computing activations twice changes neither gradient nor running statistics, and does happen twice."""
+    g = rng()
+    images = torch.rand(4, 3, 32, 32, generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        plain, twice = (torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [2, 1, 1, 1]) for _ in range(2))
+    twice.load_state_dict(plain.state_dict())
+    names = list(plain.state_dict())
+    common.checkpoint_blocks(twice)
+    forwards = mock.Mock(side_effect=lambda *_: None)
+    twice.layer3[0].conv2.register_forward_hook(forwards)
+    for model in (plain, twice):
+        model(images).square().sum().backward()
+    assert forwards.call_count == 2
+    assert_same_direction_and_size(gradients_of(twice), gradients_of(plain), 1e-6)
+    assert list(twice.state_dict()) == names
+    for (name, a), b in zip(twice.state_dict().items(), plain.state_dict().values()):
+        assert torch.equal(a, b), f"{name} differs"
