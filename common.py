@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -40,7 +41,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torchvision
 from torch import nn
 from torch.nn import functional as F
@@ -93,12 +93,12 @@ def number(kind, low=None, high=None, above=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
+            fits = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
+        except (ValueError, OverflowError):
+            fits = False
         bounds = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else ""]
         bounds += [f"at most {high}" if high is not None else ""]
         expected = " and ".join(b for b in bounds if b)
-        fits = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
         if not fits or (high is not None and value > high):
             name = {int: "a whole number", float: "a number"}[kind]
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {expected}".rstrip())
@@ -551,13 +551,16 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True):
 
 
 @torch.no_grad()
-def representations(model, images):
+def representations(model, images, any_order=False):
     """Every representation of `images` (n, 3, h, w): a dict, in depth order, from layer name to an (n, p) tensor.
 
     `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last ReLU (App.
     A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. Works on any torchvision ResNet-50. The
     model stays in the mode it is in (use eval for figures); no hook is left behind, even after an exception. TypeError
     for a network without the 16 bottlenecks.
+
+    Features are in the order of flattened (channel, height, width); with `any_order` in that of memory, which for a
+    channels_last network saves a transposition. Linear CKA is the same for any order.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
     if tuple(len(g) for g in groups) != BLOCK_GROUPS or not all(hasattr(b, "bn3") for g in groups for b in g):
@@ -567,6 +570,8 @@ def representations(model, images):
 
     def keep(name, copy):
         def hook(module, inputs, output):
+            if any_order and output.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last):
+                output = output.permute(0, 2, 3, 1)
             if copy:  # torchvision adds the identity to this very tensor afterwards
                 output = output.clone(memory_format=torch.contiguous_format)
             found[name] = output.flatten(1)
@@ -703,9 +708,25 @@ def print0(*values):
         print(*values, flush=True)
 
 
+class _Gather(torch.autograd.Function):
+    """all_gather whose gradient sums what every rank's loss says about this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
 def gather(x):
-    """Every rank's rows of x, in rank order: (world_size n, d). Its gradient sums over ranks, so none is lost."""
-    return torch.cat(dist_nn.all_gather(x)) if world_size() > 1 else x
+    """Every rank's rows of x (n, d), in rank order: (world_size n, d), with a gradient; x itself in one process."""
+    return _Gather.apply(x) if world_size() > 1 else x
 
 
 @contextlib.contextmanager
@@ -757,14 +778,16 @@ def read_checkpoint(path, device="cpu"):
     except Exception as error:  # damaged files fail in many ways, all of them meaning the same
         raise UserError(f"{path}: truncated, damaged or not a plain checkpoint ({str(error).split(chr(10))[0][:100]}); "
                         f"{advice}") from None
-    if not isinstance(content, dict) or not {"settings", "epoch", "step", "backbone", "head"} <= content.keys():
+    expected = {"settings": dict, "epoch": int, "step": int, "backbone": dict, "head": dict}
+    known = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in expected.items())
+    if not known or not {"method", "seed", "classes", "mean", "std", *SETTINGS} <= content["settings"].keys():
         raise UserError(f"{path}: is no checkpoint of this study; {advice}")
     return content
 
 
 def load_weights(model, checkpoint, path):
     """Copies a checkpoint's backbone and head into `model`; UserError naming what does not fit."""
-    weights = dict(checkpoint["backbone"]) | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
+    weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -779,10 +802,7 @@ def load_model(path, device="cpu"):
     """
     checkpoint = read_checkpoint(path, device)
     settings = checkpoint["settings"]
-    try:
-        model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: its settings lack {error}; train it again with this version") from None
+    model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
     load_weights(model, checkpoint, path)
     model.settings = settings | {"epoch": checkpoint["epoch"]}
     return model.to(device, memory_format=torch.channels_last).eval()
@@ -951,7 +971,8 @@ class Log:
             for line in self.path.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # a line cut short by a kill
                     records.append(json.loads(line))
-        self._replace([r for r in records if r.get("epoch", 0) <= epoch] + [{"resumed_after_epoch": epoch} | self._run_record(device)])
+        records = [r for r in records if r.get("epoch", 0) <= epoch]
+        self._replace(records + [{"resumed_after_epoch": epoch} | self._run_record(device)])
 
     def write(self, record):
         """Appends one record."""
@@ -1031,7 +1052,9 @@ class Run:
             self.model.compile()  # in place: parameter names stay as they are
         self.network, self.no_sync = self.model, contextlib.nullcontext
         if world_size() > 1:
-            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            parallel = nn.parallel.DistributedDataParallel  # each rank keeps its own running statistics between saves
+            new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # its name from torch 2.14 on
+            self.network = parallel(self.model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
             self.no_sync = self.network.no_sync
 
     def autocast(self):
@@ -1076,6 +1099,9 @@ class Run:
         """Writes the checkpoint; a file that cannot be written leaves the previous one as it was."""
         self.refuse_if_not_finite()
         average_statistics(self.model)
+        if world_size() > 1:  # the file must not depend on how many ranks there are
+            dist.all_reduce(self.sums)
+            self.sums /= world_size()
         if rank() == 0:
             weights = self.model.state_dict()
             try:
@@ -1102,9 +1128,9 @@ class Run:
             record["test_accuracy"] = self.test_accuracy()
         self.log.write(record)
         rest = (self.total - self.step) * self.batch / record["images_per_second"] / 60
+        test = f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else ""
         print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {record['loss']:.4f}  "
-               f"accuracy {record['accuracy']:.3f}" + (f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else "")
-               + f"  lr {record['lr']:.3g}  {record['images_per_second']:.0f} images/s  {rest:.0f} min left")
+               f"accuracy {record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  {record['images_per_second']:.0f} images/s  {rest:.0f} min left")
         self.sums.zero_()
         self.spent = 0.0
 
@@ -1138,7 +1164,8 @@ def average_statistics(model):
 
 def refuse_other_settings(path, saved, wanted):
     """UserError naming every setting on which the result depends that differs from the checkpoint's."""
-    differ = [f"{k} {saved.get(k)} -> {wanted[k]}" for k in wanted if k not in ("preset", "data") and saved.get(k) != wanted[k]]
+    relevant = wanted.keys() - {"preset", "data"}  # names; the data itself shows in its statistics
+    differ = [f"{name} {saved.get(name)} -> {wanted[name]}" for name in sorted(relevant) if saved.get(name) != wanted[name]]
     if differ:
         raise UserError(f"{path} was trained with other settings ({'; '.join(differ)[:300]}); give the same flags to resume, "
                         "or another --out")
@@ -1395,10 +1422,10 @@ class _CentredFeatures:
     def _centred(self, x, s, i):
         """x - first sample (overwritten) -> centred and scaled, in the type that is multiplied."""
         x.sub_(self.shift[s][i]).mul_(self.scale[s][i])
-        if self.precision == "bfloat16":
-            x = x.bfloat16()
-            if x.device.type != "cuda":  # elsewhere bfloat16 inputs give bfloat16 results; torch's bf16 mode does not
-                x = x.float()
+        if self.precision == "bfloat16" and x.device.type == "cuda":
+            return x.bfloat16()
+        if self.precision == "bfloat16" and (x.dtype == torch.float64 or not has_bf16(x.device)):
+            x.copy_(x.bfloat16())  # what torch's bf16 mode does to float32 inputs where there is hardware for it
         return x
 
     def _chunks(self, a, b):
@@ -1588,7 +1615,8 @@ class _Progress:
 # 11. Figures: command line, networks, sources, findings, drawing
 # ======================================================================================================================
 
-LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1) for kind in ("odd", "even")]
+LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
+          for kind in ("odd", "even")]
 HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
@@ -1689,7 +1717,7 @@ def network_source(model, images, view=None, layers=slice(None)):
     def source(start, stop):
         rows = slice(start, stop)
         inputs = prepare(model, images[rows], None if params is None else _slice(params, rows))
-        found = list(representations(model, inputs).values())
+        found = list(representations(model, inputs, any_order=True).values())
         return found[layers] if isinstance(layers, slice) else [found[i] for i in layers]
 
     return source
@@ -1726,10 +1754,12 @@ def finding(identity, claim, *numbers):
 
     numbers: (label, values over pairs or networks, sign, threshold): the claim needs sign * values > sign * threshold.
     It holds if that is true of the mean by more than the spread (with fewer than three values: of each), does not hold
-    if the opposite is, else is undecided; of several numbers the least favourable decides.
+    if the opposite is, else is undecided; of several numbers the least favourable decides. Sign 0: only reported.
     """
     verdicts = []
     for _, values, sign, threshold in numbers:
+        if sign == 0:
+            continue
         margin = sign * (np.asarray(values, float) - threshold)
         few = margin.size < 3
         low, high = (margin.min(), margin.max()) if few else (margin.mean() - margin.std(), margin.mean() + margin.std())

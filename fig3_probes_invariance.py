@@ -104,8 +104,9 @@ def findings(a):
     gain = {m: classes[m][:seeds, 15] - classes[m][:seeds, 12] for m in NAMES}
 
     def rises(values, tolerance):
-        return [(f"{NAMES[m]} {what}", value, sign, limit) for m in NAMES for what, value, sign, limit in (
-            ("falls", falls(values[m][:, :16], tolerance), -1, 0.5), ("rank correlation", rank_correlation(values[m][:, :16]), 1, 0.9))]
+        backbone = {NAMES[m]: values[m][:, :16] for m in NAMES}
+        return [number for name, v in backbone.items() for number in (
+            (f"{name} falls", falls(v, tolerance), -1, 0.5), (f"{name} rank correlation", rank_correlation(v), 1, 0.9))]
 
     return [
         finding("3a", "linear separability rises monotonically", *rises({m: a[f"probe_{m}"] for m in NAMES}, 0.005)),
@@ -132,9 +133,10 @@ def plot(arrays, debiased):
     """The three panels."""
     figure, axes = new_figure(3)
     estimator = "debiased CKA" if debiased else "CKA"
-    for ax, key, title, label in zip(axes, ("probe", "invariance", "class_cka"),
-                                     ("Linear probes", "Augmentation invariance", "Alignment with the classes"),
-                                     ("test accuracy", f"{estimator} between augmented copies", f"{estimator} with the classes")):
+    panels = (("probe", "Linear probes", "test accuracy"),
+              ("invariance", "Augmentation invariance", f"{estimator} between augmented copies"),
+              ("class_cka", "Alignment with the classes", f"{estimator} with the classes"))
+    for ax, (key, title, label) in zip(axes, panels):
         for method in ("simclr", "supervised"):
             depth_lines(ax, arrays[f"{key}_{method}"], COLORS[method], NAMES[method])
         mark_block_groups(ax, head=len(HEAD))

@@ -2,6 +2,7 @@
 
     python test_cka.py            # all checks, on a CPU in under two minutes; pytest runs the same functions
     python test_cka.py cka lars   # only checks whose name contains one of the words
+    python test_cka.py --bench    # time against the floor, memory and error, on the fastest device there is
 
 Inputs are new random numbers in every run; TEST_SEED=<the seed printed> repeats one.
 """
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import runpy
 import shutil
 import signal
@@ -24,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -42,10 +45,15 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import train_simclr
+import train_supervised
 from train_simclr import contrastive_gradients
 from train_supervised import supervised_gradients
 
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each other more than they work
 HERE = Path(__file__).resolve().parent
+CHILD = {"cwd": HERE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # of other processes
 SEED = int(os.environ.get("TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
 
 
@@ -58,7 +66,8 @@ def rng():
 
 def assert_close(got, want, tolerance, what="result"):
     """The largest absolute difference is at most `tolerance`; NaN never is."""
-    got, want = (torch.as_tensor(t).detach().double() for t in (got, want))
+    got, want = (t.detach().double() if isinstance(t, torch.Tensor) else torch.from_numpy(np.array(t, float))
+                 for t in (got, want))
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     error = (got - want).abs().max().item()
     assert error <= tolerance, f"{what} is off by {error:.2g}, allowed {tolerance:g}"
@@ -138,7 +147,7 @@ def literal_cka(layers, unbiased=False):
     """(L, L) CKA of layers (m, ...) by the definition, in float64."""
     grams = [x.double().flatten(1) @ x.double().flatten(1).T for x in layers]
     h = torch.tensor([[hsic(k, l, unbiased) for l in grams] for k in grams])
-    return h / torch.outer(h.diag(), h.diag()).sqrt()
+    return h / torch.outer(h.diag().sqrt(), h.diag().sqrt())
 
 
 def random_layers(g, m, shapes, mean=0.0):
@@ -167,7 +176,8 @@ def test_cka_literal():
         layers = random_layers(g, m, [(1,), (7,), (5, 6, 5), (15000,)], mean)
         for debiased in (False, True):
             want = literal_cka(layers, debiased)
-            got = common.cka_matrix([source(layers[:1]), source(layers[1:])], m, debiased, precision="float32", batch=64)
+            sources = [source(layers[:1]), source(layers[1:])]
+            got = common.cka_matrix(sources, m, debiased, precision="float32", batch=64)
             assert got.dtype == torch.float64
             assert_close(got, want, tolerance, f"cka_matrix, mean {mean}, debiased {debiased}")
             assert_close(got.diagonal(), torch.ones(4), 1e-6, "CKA of a layer with itself")
@@ -196,25 +206,23 @@ def test_cka_feature_form():
 
 
 def test_cka_small_m():
-    """The smallest m that each estimator allows; 3 samples have no debiased CKA."""
-    x, y = random_layers(rng(), 4, [(3,), (5,)])
-    for m, debiased in ((2, False), (3, False), (4, False), (4, True)):
-        want = literal_cka([x[:m], y[:m]])[0, 1]
-        if debiased:  # may be negative: its self-HSIC is too, now and then
-            k = [t.double() @ t.double().T for t in (x, y)]
-            h = [hsic(a, b, True) for a, b in ((k[0], k[1]), (k[0], k[0]), (k[1], k[1]))]
-            want = h[0] / h[1].sqrt() / h[2].sqrt()
+    """The smallest m that each estimator allows, where every 1 / m counts; 3 samples have no debiased CKA."""
+    x, y = random_layers(rng(), 9, [(3,), (5,)])
+    for m, debiased in ((2, False), (3, False), (4, True), (5, False), (9, True)):
+        want = literal_cka([x[:m], y[:m]], debiased)[0, 1]  # NaN if an unbiased HSIC(K, K) is below 0
         got = common.linear_cka(x[:m], y[:m], debiased)
-        assert_close(torch.nan_to_num(got), torch.nan_to_num(want), 1e-4, f"m = {m}")
+        assert got.isnan() == want.isnan()
+        assert_close(got.nan_to_num(), want.nan_to_num(), 1e-4, f"m = {m}")
     three = common.gram_statistics([source([x[:3], y[:3]])], 3)
     assert three.debiased_cka.isnan().all() and not three.cka.isnan().any()
 
 
 def test_cka_double():
-    """Float64 features keep float64 accuracy."""
-    x, y = (t.double() * 3 + 5 for t in random_layers(rng(), 140, [(9,), (2000,)]))
+    """Float64 features keep float64 accuracy, also far from 0."""
+    x, y = random_layers(rng(), 140, [(9,), (2000,)])
     for debiased in (False, True):
         want = literal_cka([x, y], debiased)
+        x, y = x.double() + 1e4, y.double() - 1e4  # no change in CKA
         assert_close(common.linear_cka(x, y, debiased), want[0, 1], 1e-10, "linear_cka")
         assert_close(common.cka_matrix([source([x, y])], 140, debiased, precision="float32"), want, 1e-10, "cka_matrix")
 
@@ -250,8 +258,8 @@ def test_cka_bfloat16():
     rounded = common.cka_matrix([source(layers)], m, precision="bfloat16")
     assert_close(rounded, want, 1e-3)
     assert not torch.equal(rounded, exact), "bfloat16 gave float32's bits"
-    best = common.fastest_precision(torch.device("cpu"))
-    assert torch.equal(common.cka_matrix([source(layers)], m), {"float32": exact, "bfloat16": rounded}[best])
+    fastest = rounded if common.has_bf16(torch.device("cpu")) else exact
+    assert torch.equal(common.cka_matrix([source(layers)], m), fastest), "the default precision"
     with raises(ValueError, "float16"):
         common.cka_matrix([source(layers)], m, precision="float16")
 
@@ -273,8 +281,9 @@ def test_cka_errors():
     g = rng()
     x, y, z = random_layers(g, 40, [(6,), (9,), (2,)])
     constant = torch.randn(6, generator=g).expand(40, 6)
-    for bad, words in (((x, y[:39]), ["40", "39"]), ((x[:1], y[:1]), ["at least 2"]), ((constant, y), ["x", "constant"]),
-                       ((x, constant), ["y", "constant"]), ((x[:3], y[:3], True), ["at least 4"])):
+    for bad, words in (((x, y[:39]), ["40", "39"]), ((x[:1], y[:1]), ["at least 2"]),
+                       ((x[:3], y[:3], True), ["at least 4"]),
+                       ((constant, y), ["x", "constant"]), ((x, constant), ["y", "constant"])):
         with raises(ValueError, *words):
             common.linear_cka(*bad)
     for value in (math.nan, math.inf, -math.inf):
@@ -324,12 +333,12 @@ def test_cka_dominance():
 
 
 def test_cka_restores_switches():
-    """torch's switches for products are set while multiplying and what they were afterwards, also after an exception."""
+    """torch's switches for products are set while multiplying, and put back afterwards, also after an exception."""
     switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before, x, multiply = [s.fp32_precision for s in switches], torch.randn(20, 4, generator=rng()), common._multiply
     try:
         switches[0].fp32_precision, switches[1].fp32_precision = "tf32", "bf16"
-        for precision, inside in (("float32", ["ieee", "ieee"]), ("tf32", ["tf32", "ieee"]), ("bfloat16", ["ieee", "bf16"])):
+        for precision, *inside in (("float32", "ieee", "ieee"), ("tf32", "tf32", "ieee"), ("bfloat16", "ieee", "bf16")):
             seen = []
 
             def noting(*args, fail):
@@ -367,7 +376,7 @@ def test_cka_block_stands_alone():
 
 
 def test_cka_memory():
-    """From m = 1,000 to 4,000, 16 layers take 1 GB of Grams; with 64 MiB to use, the process grows by a tenth of that."""
+    """At m = 4,000, 16 Grams are 1 GB; with 64 MiB to use, the process grows by a tenth of that from m = 1,000 on."""
     program = """
 import resource, sys, torch, common
 for m in 1000, 4000:
@@ -375,7 +384,7 @@ for m in 1000, 4000:
     common.cka_matrix([lambda a, b: [x[a:b] for x in layers]], m, precision="float32", memory=64 << 20)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, text=True, check=True)
     small, large = map(int, done.stdout.split())
     assert large - small < 100e6, f"grew by {(large - small) / 1e6:.0f} MB"
     assert done.stderr == "", "progress was shown although stderr is no terminal"
@@ -389,7 +398,7 @@ for m in 1000, 4000:
 def test_device_purity():
     """With (fake) CUDA inputs, every output is on CUDA: no part builds a tensor on the CPU."""
     results = {}
-    with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
+    with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # autocast says that there is no CUDA here
         images = torch.zeros(6, 3, 40, 24, dtype=torch.uint8, device="cuda")
         for blur in (True, False):
@@ -441,8 +450,8 @@ def randomised_resnet(g, model):
     """The model in eval mode, its batch norms' weights and statistics made random so that no part of one is idle."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.weight, 0.5, 1), (module.bias, -0.3, 0.3), (module.running_mean, -0.1, 0.1),
-                                      (module.running_var, 0.5, 2)):
+            for tensor, low, high in ((module.weight, 0.5, 1), (module.bias, -0.3, 0.3),
+                                      (module.running_mean, -0.1, 0.1), (module.running_var, 0.5, 2)):
                 tensor.data.copy_(low + (high - low) * torch.rand(tensor.shape, generator=g))
     return model.eval()
 
@@ -476,17 +485,19 @@ def count_hooks(model):
 
 
 def test_representations_by_hand():
-    """Names, depth order and values of all 32 on a plain torchvision ResNet-50, in either memory format; no hook stays."""
+    """Names, depth order and values of all 32 on torchvision's ResNet-50, in both memory formats; no hook stays."""
     g = rng()
-    model, images = randomised_resnet(g, torchvision.models.resnet50()), torch.rand(3, 3, 48, 48, generator=g)
+    model, images = randomised_resnet(g, torchvision.models.resnet50()), torch.rand(2, 3, 40, 40, generator=g)
     found, want = common.representations(model, images), blocks_by_hand(model, images)
     last = common.representations(model.to(memory_format=torch.channels_last),
                                   images.contiguous(memory_format=torch.channels_last))
+    shuffled = common.representations(model, images.contiguous(memory_format=torch.channels_last), any_order=True)
     assert list(found) == list(last) == BACKBONE_LAYERS
     for name, hand in zip(BACKBONE_LAYERS, want):
         scale = hand.abs().max().item()
         assert_close(found[name], hand, 1e-4 * scale, name)
         assert_close(last[name], hand, 1e-4 * scale, f"{name}, channels_last")
+        assert_close(shuffled[name].sort().values, last[name].sort().values, 0, f"{name}, any order")
         assert (found[name].min() < 0) == name.endswith("odd"), f"{name}: sign"
     assert count_hooks(model) == 0 and not any(t.requires_grad for t in found.values())
     with raises(RuntimeError):  # an image with one channel: conv1 raises
@@ -497,7 +508,7 @@ def test_representations_by_hand():
 
 
 def test_representations_head_and_stems():
-    """35 with a projection head, whose layers are recomputed by hand; the two stems' shapes; TypeError for ResNet-18."""
+    """35 with a projection head, recomputed by hand; the two stems' shapes; TypeError for a ResNet-18."""
     images = torch.rand(2, 3, 16, 16, generator=rng())
     model = common.build_model("simclr", "cifar", zero_init=False).eval()
     found = common.representations(model, images)
@@ -625,9 +636,9 @@ def test_lars_zero_gradient():
 def test_lars_errors():
     """ValueError for settings that are negative or not finite; a closure's loss is returned."""
     p = nn.Parameter(torch.ones(2))
-    for bad in (dict(lr=-1), dict(lr=math.nan), dict(lr=math.inf), dict(lr=1, momentum=-0.1), dict(lr=1, weight_decay=-1)):
-        with raises(ValueError, list(bad)[-1]):
-            common.LARS([p], **bad)
+    for name, value in (("lr", -1), ("lr", math.nan), ("lr", math.inf), ("momentum", -1), ("weight_decay", -1)):
+        with raises(ValueError, name):
+            common.LARS([p], **{"lr": 1} | {name: value})
     assert common.LARS([p], lr=1).step(lambda: 5) == 5
 
 
@@ -647,6 +658,11 @@ def test_warmup_cosine():
 # ======================================================================================================================
 
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def sliced(params, rows):
+    """The augmentation parameters of some images."""
+    return {name: value[rows] for name, value in params.items()}
 
 
 def torchvision_view(image, size, p, blur):
@@ -679,8 +695,8 @@ def some_images(g, n, height, width):
 def test_augment_values():
     """Image by image equal to torchvision's functional operations with the same parameters: enlarging and shrinking."""
     g = rng()
-    for height, width, size, strength, blur in ((32, 32, 32, 0.5, False), (32, 32, 48, 1.0, True), (40, 24, 16, 1.0, True),
-                                                (48, 64, 30, 1.0, True), (20, 30, 40, 1.0, False)):
+    for height, width, size, strength, blur in ((32, 32, 32, 0.5, False), (32, 32, 48, 1, True), (40, 24, 16, 1, True),
+                                                (48, 64, 30, 1, True), (20, 30, 40, 1, False)):
         images = some_images(g, 16, height, width)
         params = common.simclr_params(16, height, width, "cpu", g, strength)
         boxes = {name: params[name] for name in ("box", "flip")}
@@ -689,7 +705,7 @@ def test_augment_values():
         assert views.dtype == torch.float32 and views.shape == (16, 3, size, size)
         for i in range(16):
             for got, p in ((views, params), (crops, boxes)):
-                want = torchvision_view(images[i], size, {name: value[i] for name, value in p.items()}, blur)
+                want = torchvision_view(images[i], size, sliced(p, i), blur)
                 assert_close(got[i], want, 1e-3, f"{height} x {width} -> {size}, blur {blur}")
         whole = TF.resize(images.float() / 255, [size, size], antialias=True)
         assert_close(common.simclr_test(images, size), whole, 1e-4, "simclr_test")
@@ -704,7 +720,7 @@ def test_augment_batching():
     params = common.simclr_params(120, 32, 32, "cpu", g)
     whole = common.simclr_augment(images, 48, params=params)
     for rows in (slice(0, 50), slice(50, 53), slice(53, 120)):
-        part = common.simclr_augment(images[rows], 48, params={name: value[rows] for name, value in params.items()})
+        part = common.simclr_augment(images[rows], 48, params=sliced(params, rows))
         assert_close(part, whole[rows], 1e-6, "slice")
     for augment in (common.simclr_augment, common.imagenet_augment):
         first, again, other = (augment(images, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -715,16 +731,17 @@ def test_augment_batching():
 def test_augment_boxes_distribution():
     """Crop area, aspect and position and the flip follow torchvision's RandomResizedCrop, square and narrow images."""
     torch.manual_seed(SEED)
-    for height, width in ((32, 32), (64, 24), (200, 10)):
+    for height, width, draws in ((32, 32, 6000), (64, 24, 2000), (200, 10, 500)):
         image = torch.zeros(3, height, width)
         crop = torchvision.transforms.RandomResizedCrop
-        reference = np.array([crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3000)], float)
-        params = common.imagenet_params(20000, height, width, "cpu", rng())
+        reference = np.array([crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(draws)], float)
+        params = common.imagenet_params(40000, height, width, "cpu", rng())
         boxes = params["box"].numpy().astype(float)
         assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
-        for name, measure in (("top", lambda b: b[:, 0]), ("left", lambda b: b[:, 1]), ("area", lambda b: b[:, 2] * b[:, 3]),
-                              ("aspect", lambda b: np.log(b[:, 3] / b[:, 2])), ("bottom", lambda b: b[:, 0] + b[:, 2])):
-            assert_same_distribution(measure(boxes), measure(reference), f"{name} of {height} x {width}")
+        for name, measure in (("top", lambda t, l, h, w: t), ("left", lambda t, l, h, w: l),
+                              ("area", lambda t, l, h, w: h * w), ("aspect", lambda t, l, h, w: np.log(w / h)),
+                              ("bottom", lambda t, l, h, w: t + h)):
+            assert_same_distribution(measure(*boxes.T), measure(*reference.T), f"{name} of {height} x {width}")
         assert_rate(params["flip"], 0.5, "flip")
 
 
@@ -763,14 +780,14 @@ def write_images(folder, g, classes=("ant", "bee", "cat", "dog"), train=10, test
 
 
 def test_data_synthetic():
-    """The same for the same seed, all classes, train and test disjoint, and colour alone does not give the class away."""
+    """The same for the same seed, all classes, train and test disjoint; colour alone does not give the class away."""
     images, labels = common.synthetic_images(50, seed=3)
     again, _ = common.synthetic_images(50, seed=3)
     assert torch.equal(images, again) and not torch.equal(images, common.synthetic_images(50, seed=4)[0])
     data = common.load_data("synthetic", torch.device("cpu"))
-    for part_images, part_labels, n in ((data.train_images, data.train_labels, 4000), (data.test_images, data.test_labels, 1000)):
-        assert part_images.shape == (n, 3, 32, 32) and part_images.dtype == torch.uint8
-        assert part_labels.dtype == torch.int64 and part_labels.unique().tolist() == list(range(10))
+    for images, labels, n in (data[:2] + (4000,), data[2:4] + (1000,)):
+        assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8
+        assert labels.dtype == torch.int64 and labels.unique().tolist() == list(range(10))
     assert len(data.classes) == 10
     seen = [{x.tobytes() for x in part.numpy()} for part in (data.train_images, data.test_images)]
     assert len(seen[0]) == 4000 and len(seen[1]) == 1000 and not seen[0] & seen[1]
@@ -802,7 +819,8 @@ def test_data_image_folder():
             assert decode.call_count == 15, "the second start decoded images again"
             assert data.classes == again.classes == ["ape", "bat", "cow"]
             assert all(torch.equal(a, b) for a, b in zip(data[:4], again[:4]))
-            assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+            assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+            assert data.test_labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
             changed = folder / "train" / "bat" / "1.png"
             pixels = 255 - np.array(Image.open(changed))
             Image.fromarray(pixels).save(changed)
@@ -865,11 +883,11 @@ def test_order():
     n, total, batch = 23, 60, 9
     orders = [common.Order(seed, n, total, torch.device("cpu")) for seed in (0, 0, 1)]
     stream = torch.cat([orders[0][i:i + batch] for i in range(0, 5 * n, batch)])[:5 * n].view(5, n)
-    assert len({tuple(epoch.sort().values.tolist()) for epoch in stream}) == 1, "an epoch is no permutation of the subset"
-    assert len(set(stream[0].tolist())) == n and len({tuple(epoch.tolist()) for epoch in stream}) == 5
+    assert len({tuple(sorted(epoch)) for epoch in stream.tolist()}) == 1, "an epoch is no permutation of the subset"
+    assert len(set(stream[0].tolist())) == n and len({tuple(epoch) for epoch in stream.tolist()}) == 5
     assert torch.equal(orders[1][3 * n:4 * n], stream[3]), "an epoch's order depends on what was asked before"
     assert torch.equal(orders[1][n - 3:3 * n + 2], stream.flatten()[n - 3:3 * n + 2]), "a batch of several epochs"
-    other = orders[2][:n]
+    other = orders[2][0:n]
     assert not torch.equal(other, stream[0]) and torch.equal(other.sort().values, stream[0].sort().values)
 
 
@@ -882,7 +900,8 @@ def test_steps():
 
 def stand_in(model, images, labels, micro_batch):
     """What the gradient functions use of a Run, and a Batch; augmentation parameters depend on the view only."""
-    settings = dict(micro_batch=micro_batch, image_size=16, strength=0.5, blur=False, temperature=0.5, mean=MEAN, std=STD)
+    settings = {"micro_batch": micro_batch, "image_size": 16, "strength": 0.5, "blur": False, "temperature": 0.5,
+                "mean": MEAN, "std": STD}
     run = types.SimpleNamespace(settings=settings, model=model, network=model, device=torch.device("cpu"),
                                 autocast=contextlib.nullcontext, no_sync=contextlib.nullcontext)
 
@@ -890,6 +909,32 @@ def stand_in(model, images, labels, micro_batch):
         return make(len(images), *images.shape[2:], "cpu", torch.Generator().manual_seed(SEED + view), **options)
 
     return run, common.Batch(images, labels, draw)
+
+
+def test_micro_batches_exchange_once():
+    """Several processes exchange gradients in the last chunk's backward pass only: all others run under no_sync."""
+    g, silent, passes = rng(), [], []
+
+    @contextlib.contextmanager
+    def no_sync():
+        silent.append(True)
+        yield
+        silent.pop()
+
+    model = small_network(group_norm)
+    model[8].bias.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
+    for gradients in (contrastive_gradients, supervised_gradients):
+        run, batch = stand_in(model, some_images(g, 10, 20, 20), torch.randint(6, (10,), generator=g), 3)
+        run.no_sync = no_sync
+        passes.clear()
+        gradients(run, batch)
+        assert passes == [True, True, True, False], f"{gradients.__name__}: {passes}"
+
+
+def views_of(batch, rows):
+    """Both augmented views of some of the batch's images."""
+    params = [batch.params(common.simclr_params, view, strength=0.5) for view in (0, 1)]
+    return [common.simclr_augment(batch.images[rows], 16, 0.5, False, params=sliced(p, rows)) for p in params]
 
 
 def small_network(norm):
@@ -912,15 +957,15 @@ def test_micro_batches():
     exact = small_network(group_norm).double()
     exact.load_state_dict(model.state_dict())
     _, batch = stand_in(model, images, labels, 10)
-    views = [common.simclr_augment(images, 16, 0.5, False, params=batch.params(common.simclr_params, view, strength=0.5))
-             for view in (0, 1)]
-    loss, accuracy = literal_info_nce(*(exact(view.double()) for view in views), 0.5)
+    views = [exact(view.double()) for view in views_of(batch, slice(None))]
+    loss, accuracy = literal_info_nce(*views, 0.5)
     loss.backward()
     references = [(contrastive_gradients, loss.item(), accuracy, gradients_of(exact))]
     logits = exact(common.imagenet_augment(images, 16, MEAN, STD, params=batch.params(common.imagenet_params)).double())
     loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / 10
     loss.backward()
-    references.append((supervised_gradients, loss.item(), (logits.argmax(1) == labels).double().mean(), gradients_of(exact)))
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    references.append((supervised_gradients, loss.item(), accuracy, gradients_of(exact)))
     for gradients, loss, accuracy, want in references:
         for micro_batch in (10, 5, 3, 1):
             got_loss, got_accuracy = gradients(*stand_in(model, images, labels, micro_batch))
@@ -938,10 +983,8 @@ def test_micro_batch_statistics():
     model = small_network(nn.BatchNorm2d).train()
     run, batch = stand_in(model, images, None, 4)
     mean, var = torch.zeros(8), torch.ones(8)
-    params = [batch.params(common.simclr_params, view, strength=0.5) for view in (0, 1)]
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
-        views = [common.simclr_augment(images[rows], 16, 0.5, False, params={k: v[rows] for k, v in p.items()}) for p in params]
-        x = model[0](torch.cat(views)).detach().transpose(0, 1).flatten(1)  # (channels, images and places)
+        x = model[0](torch.cat(views_of(batch, rows))).detach().transpose(0, 1).flatten(1)  # (channels, all places)
         mean, var = 0.9 * mean + 0.1 * x.mean(1), 0.9 * var + 0.1 * x.var(1)
     contrastive_gradients(run, batch)
     assert_close(model[1].running_mean, mean, 1e-5, "running mean")
@@ -969,3 +1012,618 @@ def test_checkpoint_activations():
     assert list(twice.state_dict()) == names
     for (name, a), b in zip(twice.state_dict().items(), plain.state_dict().values()):
         assert torch.equal(a, b), f"{name} differs"
+
+
+# ======================================================================================================================
+# The scripts at tiny size. They run inside this process, which has torch loaded already, unless they must be killed
+# ======================================================================================================================
+
+METHODS = "simclr", "supervised"
+
+
+def run_script(script, *flags):
+    """Runs a script as `python <script> <flags>` would; returns (exit code, standard output, standard error)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", [script, *map(str, flags)]):
+            try:
+                runpy.run_path(str(HERE / script), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def assert_refused(script, *flags, words=()):
+    """The script ends with exit code 2 and exactly one line on stderr, which contains the words."""
+    code, out, err = run_script(script, *flags)
+    what = " ".join(map(str, flags[-4:]))
+    assert code == 2, f"exit code {code} for {what}: {out[-200:]}{err[-200:]}"
+    assert err.count("\n") == 1 and err.startswith("error: "), f"not one line for {what}: {err[:300]}"
+    assert all(word in err for word in words), f"{what}: {err}"
+
+
+def flags_for(method, out, *more):
+    """Flags of a run of 3 steps, the second of which ends the first of 2 epochs; SimCLR's are 2 micro-batches each."""
+    micro_batch = ["--micro-batch", 8] if method == "simclr" else []
+    return ["--preset", "demo", "--data", tiny_data(), "--out", out, "--subset", 24, "--batch-size", 16, "--epochs", 2,
+            "--image-size", 16, "--precision", "fp32", "--device", "cpu", *micro_batch, *more]
+
+
+@functools.cache
+def shared_folder():
+    """A folder for what several checks use, removed at the end."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def tiny_data():
+    """A folder of images, 40 to train and 24 to test."""
+    return write_images(shared_folder() / "data", rng(), train=10, test=6)
+
+
+@functools.cache
+def tiny_checkpoints():
+    """A folder of two networks of each method, trained by the real scripts without interruption."""
+    folder = shared_folder() / "checkpoints"
+    for method in METHODS:
+        flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
+        code, out, err = run_script(f"train_{method}.py", *flags)
+        assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
+    return folder
+
+
+def tensors_of(content, name=""):
+    """(name, value) of everything in a checkpoint but the time it took."""
+    if isinstance(content, (dict, list)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            if key != "spent":
+                yield from tensors_of(value, f"{name}/{key}")
+    else:
+        yield name, content
+
+
+def assert_identical(path, other):
+    """Two checkpoints hold the same, bit for bit."""
+    a, b = (dict(tensors_of(torch.load(p, weights_only=True))) for p in (path, other))
+    differ = set(a) ^ set(b) | {k for k in set(a) & set(b) if not (
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])}
+    assert len(a) > 400 and not differ, f"{len(differ)} of {len(a)} entries differ, such as {sorted(differ)[:3]}"
+
+
+def log_of(path):
+    """The records of a JSON-lines log."""
+    return [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+
+
+def assert_log(path):
+    """The log's first record describes the run, and every epoch has one record."""
+    first, *rest = log_of(path)
+    assert {"settings", "commit", "torch", "torchvision", "device"} <= first.keys()
+    epochs = [r for r in rest if "epoch" in r]
+    assert [r["epoch"] for r in epochs] == [1, 2]
+    wanted = {"loss", "lr", "images_per_second", "accuracy"} | ({"test_accuracy"} if "super" in path.name else set())
+    assert all(wanted <= r.keys() and math.isfinite(r["loss"]) for r in epochs)
+
+
+def test_scripts_checkpoint():
+    """A checkpoint loads with weights_only; torchvision's ResNet-50 takes the backbone; load_model gives the same."""
+    images = torch.rand(4, 3, 32, 32, generator=rng())
+    for method in METHODS:
+        path = tiny_checkpoints() / f"{method}_seed1.pt"
+        saved = torch.load(path, weights_only=True)
+        assert saved["epoch"] == 2 and saved["settings"]["seed"] == 1
+        assert saved["settings"]["classes"] == ["ant", "bee", "cat", "dog"]
+        network = torchvision.models.resnet50()
+        keys = network.load_state_dict(saved["backbone"], strict=False)
+        assert set(keys.missing_keys) == {"fc.weight", "fc.bias"} and not keys.unexpected_keys
+        network.fc = nn.Identity()
+        features = network.eval()(images).detach()
+        model = common.load_model(path)
+        assert not model.training and model.settings["method"] == method and model.settings["image_size"] == 16
+        if method == "supervised":
+            want = features @ saved["head"]["weight"].T + saved["head"]["bias"]
+            assert_close(model(images), want, 1e-4 * want.abs().max().item(), "logits")
+        found = common.representations(model, images)["BG4.3.even"].view(4, 2048, -1).mean(2)
+        assert_close(found, features, 1e-4 * features.abs().max().item(), "pooled features")
+        assert_log(path)
+        assert not list(tiny_checkpoints().glob("*.tmp"))
+
+
+class Payload:
+    """Unpickling this runs a command."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_checkpoint_bad_files():
+    """Missing, empty, truncated, foreign and malicious files: UserError, and nothing in them is executed."""
+    good = (tiny_checkpoints() / "supervised_seed0.pt").read_bytes()
+    with temporary_folder() as folder:
+        marker, path = folder / "executed", folder / "supervised_seed0.pt"
+        with raises(common.UserError, str(path)):
+            common.load_model(path)
+        keys = dict.fromkeys(("settings", "epoch", "step", "backbone", "head"), {})
+        contents = {"empty": b"", "truncated": good[:len(good) // 2], "text": b"hello",
+                    "pickle": pickle.dumps(Payload(marker), protocol=2)}
+        for name, value in (("object", Payload(marker)), ("inside", keys | {"backbone": Payload(marker)}),
+                            ("tensor", torch.ones(3)), ("keys", keys), ("foreign", {"model": torch.ones(3)})):
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            contents[name] = buffer.getvalue()
+        for name, content in contents.items():
+            path.write_bytes(content)
+            with raises(common.UserError, str(path)):
+                common.load_model(path)
+            if name in ("truncated", "inside"):  # a file that cannot be read is not a reason to start again over it
+                assert_refused("train_supervised.py", *flags_for("supervised", folder, "--seeds", 0))
+                assert path.read_bytes() == content
+        assert not marker.exists(), "a file was executed"
+
+
+def test_save_atomically():
+    """A save that fails, while pickling or at the disk, leaves the old file and no temporary one."""
+    with temporary_folder() as folder:
+        path = folder / "x.pt"
+        common.save_atomically({"a": torch.ones(3)}, path)
+        with raises(Exception):
+            common.save_atomically({"a": lambda: 0}, path)
+        with mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")), raises(OSError):
+            common.save_atomically({"a": torch.zeros(3)}, path)
+        assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1] and os.listdir(folder) == ["x.pt"]
+
+
+def test_scripts_killed():
+    """SIGKILL after the first checkpoint: the same command resumes, and ends in the uninterrupted run's bits."""
+    tiny_checkpoints()
+    with temporary_folder() as folder:
+        path, flags = folder / "simclr_seed0.pt", flags_for("simclr", folder, "--seeds", 0)
+        process = subprocess.Popen([sys.executable, "train_simclr.py", *map(str, flags)], **CHILD,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"ended by itself with {process.returncode}: {err[-300:]}"
+        (folder / "simclr_seed0.pt.tmp").write_bytes(b"left over")
+        code, out, err = run_script("train_simclr.py", *flags)
+        assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
+        assert_identical(path, tiny_checkpoints() / path.name)
+        assert_log(path)
+        assert not list(folder.glob("*.tmp")), "the leftover temporary file is still there"
+
+
+def interrupted(script, flags, at, number):
+    """run_script, with a signal sent to this process during the step with number `at`."""
+    take_step = common.Run.take_step
+
+    def signalled(run, gradients):
+        if run.step == at:
+            os.kill(os.getpid(), number)
+        take_step(run, gradients)
+
+    with mock.patch.object(common.Run, "take_step", signalled):
+        return run_script(script, *flags)
+
+
+def test_scripts_signals():
+    """SIGINT inside an epoch and SIGTERM at its end save and exit within the step; resumed, the bits are the same."""
+    with temporary_folder() as folder:
+        path, flags = folder / "supervised_seed0.pt", flags_for("supervised", folder, "--seeds", 0)
+        for at, number, words in ((0, signal.SIGINT, "after step 1 of 3"), (1, signal.SIGTERM, "after step 2 of 3")):
+            handler = signal.getsignal(number)
+            code, out, err = interrupted("train_supervised.py", flags, at, number)
+            assert code == 128 + number and words in out, f"exit code {code}: {out[-300:]} {err[-300:]}"
+            assert signal.getsignal(number) == handler and torch.load(path, weights_only=True)["step"] == at + 1
+        code, out, _ = run_script("train_supervised.py", *flags)
+        assert code == 0 and "resumed after epoch 1" in out
+        assert_identical(path, tiny_checkpoints() / path.name)
+        assert_log(path)
+
+
+def test_scripts_again():
+    """A finished network is skipped and not written again; other settings are refused by name, nothing is changed."""
+    for method in METHODS:
+        path = tiny_checkpoints() / f"{method}_seed0.pt"
+        before = path.stat().st_mtime_ns, path.with_suffix(".jsonl").read_bytes()
+        code, out, _ = run_script(f"train_{method}.py", *flags_for(method, path.parent, "--seeds", 0))
+        assert code == 0 and "skipped" in out
+        other = flags_for(method, path.parent, "--seeds", 0, "--lr", 0.7, "--stem", "cifar")
+        assert_refused(f"train_{method}.py", *other, words=["lr", "0.7", "stem", "cifar"])
+        assert before == (path.stat().st_mtime_ns, path.with_suffix(".jsonl").read_bytes())
+
+
+def test_scripts_bad_flags():
+    """Impossible flags: one line, exit code 2, no traceback, nothing written."""
+    with temporary_folder() as folder, offline():
+        file, out = folder / "file", folder / "out"
+        file.write_text("kept")
+        bad = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
+               "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--warmup-epochs": (-1, 5),
+               "--checkpoint-every": (0,), "--seeds": (-1, "x"), "--stem": ("huge",), "--precision": ("fp8",),
+               "--preset": ("none",), "--device": ("nosuch", "meta"), "--out": (file, file / "below"), "--other": (1,)}
+        for method in METHODS:
+            for flag, values in (bad | {"--temperature": (0, "nan")} if method == "simclr" else bad).items():
+                for value in values:
+                    assert_refused(f"train_{method}.py", *flags_for(method, out, flag, value), words=[flag])
+            for path in (folder / "nothing", file):
+                assert_refused(f"train_{method}.py", *flags_for(method, out, "--data", path), words=[str(path)])
+        assert file.read_text() == "kept" and not list(out.glob("*"))
+
+
+def test_scripts_not_finite():
+    """A loss that is no longer finite stops the run, names the step, and leaves no checkpoint of it."""
+    with temporary_folder() as folder:
+        flags = flags_for("supervised", folder, "--seeds", 0, "--lr", 1e30, "--warmup-epochs", 0)
+        assert_refused("train_supervised.py", *flags, words=["step 1", "finite"])
+        assert not list(folder.glob("*.pt*"))
+
+
+# ======================================================================================================================
+# Several processes
+# ======================================================================================================================
+
+
+def start_ranks(job, world):
+    """Forks `world` processes that run `job` as torchrun would; call it where torch has done no work yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(_one_rank, (job, world, port), nprocs=world, start_method="fork")
+
+
+def _one_rank(number, job, world, port):
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    job()
+
+
+def shared_embedding():
+    """Two views of 12 inputs and the weight that embeds them."""
+    g = rng()
+    return torch.randn(2, 12, 5, generator=g), torch.randn(5, 4, generator=g).requires_grad_()
+
+
+def info_nce_on_ranks(path):
+    """Every rank's rows through info_nce; rank 0 saves the ranks' mean loss and mean gradient."""
+    with common.distributed("cpu"):
+        (x, y), weight = shared_embedding()
+        rows = torch.arange(12).chunk(common.world_size())[common.rank()]
+        loss, accuracy = common.info_nce_and_accuracy(x[rows] @ weight, y[rows] @ weight, 0.5)
+        loss.backward()
+        mean = torch.cat([loss.detach().view(1), accuracy.view(1), weight.grad.flatten()])
+        torch.distributed.all_reduce(mean)
+        if common.rank() == 0:
+            torch.save(mean / common.world_size(), path)
+
+
+def train_on_ranks(folder, data):
+    """train_simclr.py on every rank, the whole share of the batch in one piece; only rank 0 speaks."""
+    with mock.patch(f"{__name__}.tiny_data", return_value=data):
+        flags = flags_for("simclr", folder, "--seeds", 0, "--micro-batch", 16)
+    code, out, err = run_script("train_simclr.py", *flags)
+    assert code == 0 and (out != "") == (os.environ["RANK"] == "0"), f"exit code {code}: {out} {err[-500:]}"
+
+
+@functools.cache
+def ranks_folder():
+    """Results of 2 and 4 processes: one fresh interpreter, which forks them all."""
+    folder = shared_folder() / "ranks"
+    folder.mkdir()
+    program = f"""
+import functools, pathlib, test_cka as t
+t.SEED, folder = {SEED}, pathlib.Path({str(folder)!r})
+for world in 2, 4:
+    t.start_ranks(functools.partial(t.info_nce_on_ranks, folder / f"{{world}}.pt"), world)
+t.start_ranks(functools.partial(t.train_on_ranks, folder, {str(tiny_data())!r}), 2)
+"""
+    done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-600:]
+    return folder
+
+
+def test_ranks_info_nce():
+    """Averaged over 2 and 4 processes, loss, accuracy and gradient are one process's: nothing is scaled or lost."""
+    (x, y), weight = shared_embedding()
+    loss, accuracy = literal_info_nce(x.double() @ weight.double(), y.double() @ weight.double(), 0.5)
+    loss.backward()
+    for world in (2, 4):
+        got = torch.load(ranks_folder() / f"{world}.pt")
+        assert_close(got[:2], [loss.item(), accuracy], 3e-6, f"{world} ranks: loss and accuracy")
+        assert_same_direction_and_size([got[2:]], [weight.grad], 1e-5, f"{world} ranks: gradient")
+
+
+def test_ranks_script():
+    """Two processes end where one ends whose micro-batches are their shares, up to rounding."""
+    ranks, one = (torch.load(f / "simclr_seed0.pt", weights_only=True) for f in (ranks_folder(), tiny_checkpoints()))
+    buffers = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (ranks, one)]
+    assert_same_direction_and_size(*buffers, 1e-2, "momentum")
+    weights = [[v for k, v in c["backbone"].items() if k.endswith(("weight", "bias"))] for c in (ranks, one)]
+    assert_same_direction_and_size(*weights, 1e-4, "weights")
+    assert ranks["backbone"].keys() == one["backbone"].keys() and ranks["step"] == 3
+    assert_log(ranks_folder() / "simclr_seed0.pt")
+
+
+# ======================================================================================================================
+# Figures
+# ======================================================================================================================
+
+
+@functools.cache
+def tiny_figures():
+    """Every figure of the tiny networks on all 24 test images: name -> dict of arrays."""
+    folder, arrays, load = shared_folder() / "figures", {}, functools.cache(common.load_model)  # loading takes longest
+    for script, name, flags in (("fig1_internal", "fig1", []), ("fig1_internal", "fig4", ["--method", "supervised"]),
+                                ("fig2_cross", "fig2", []), ("fig3_probes_invariance", "fig3", ["--probe-epochs", 2]),
+                                ("fig5_aug_heatmaps", "fig5", [])):
+        flags += ["--checkpoints", tiny_checkpoints(), "--out", folder, "--samples", 24, "--device", "cpu"]
+        with mock.patch.object(common, "load_model", load):
+            code, out, err = run_script(f"{script}.py", "--precision", "float32", *flags)
+        assert code == 0, f"{name}: exit code {code}, {err[-300:]}"
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as saved:
+            arrays[name] = dict(saved)
+        identities = [i for i in ("1a 1b 1c", "4a 4b 4c 4d", "2a 2b 2c 2d 2e 2f", "3a 3b 3c 3d 3e 3f 3g 3h", "5a 5b 5c")
+                      if i[0] == name[-1]][0].split()
+        lines = [line.split(" | ") for line in out.splitlines() if line[:2] in identities]
+        assert [line[0][:2] for line in lines] == identities, f"{name} prints {out}"
+        assert all(line[2] in ("holds", "does not hold", "undecided") for line in lines)
+        assert Image.open(folder / f"{name}.png").width > 800
+    return arrays
+
+
+def literal_features(method, seed):
+    """The 32 (and head) representations of the test images by a tiny network, through its test pipeline."""
+    model = common.load_model(tiny_checkpoints() / f"{method}_seed{seed}.pt")
+    images = [np.array(Image.open(path)) for path in sorted((tiny_data() / "test").glob("*/*"))]
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    if method == "supervised":
+        mean, std = (torch.tensor(model.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
+        x = (x - mean) / std
+    return list(common.representations(model, x).values())
+
+
+def test_figures_values():
+    """Figures 1, 2 and 4 and the class CKA of Figure 3 equal CKA by definition of the same networks' features."""
+    figures = tiny_figures()
+    features = {(method, seed): literal_features(method, seed) for method in METHODS for seed in (0, 1)}
+    for method, name in zip(METHODS, ("fig1", "fig4")):
+        want = literal_cka(features[method, 0][:32] + features[method, 1][:32])[:32, 32:]
+        assert figures[name]["pairs"].shape == (1, 32, 32) and figures[name]["layers"].tolist() == BACKBONE_LAYERS
+        assert_close(figures[name]["cka"], want, 1e-4, name)
+    pairs = torch.stack([literal_cka(features["simclr", a][:32] + features["supervised", b][:32])[:32, 32:]
+                         for a in (0, 1) for b in (0, 1)])
+    two, mean = figures["fig2"], pairs.mean(0)
+    assert_close(two["pairs"], pairs, 1e-4, "fig2 pairs")
+    assert_close(two["odd"], mean[0::2, 0::2], 1e-4, "odd")
+    assert_close(two["even"], mean[1::2, 1::2], 1e-4, "even")
+    assert_close(two["diag"], mean[1::2, 1::2].diagonal(), 1e-4, "diag")
+    assert_close(two["max"], mean[1::2, 1::2].max(1).values, 1e-4, "max")
+    assert (two["even"][range(16), two["argmax"]] == two["max"]).all() and two["argmax"].shape == (16,)
+    classes = torch.eye(4).repeat_interleave(6, 0)
+    for method in METHODS:
+        shown = [[x for i, x in enumerate(features[method, seed]) if i % 2 or i > 31] for seed in (0, 1)]
+        want = torch.stack([literal_cka([*layers, classes])[-1, :-1] for layers in shown])
+        assert_close(figures["fig3"][f"class_cka_{method}"], want, 1e-4, f"class CKA, {method}")
+
+
+def test_figures_shapes():
+    """Figure 3 has a row per seed and a column per layer; its invariance is the even diagonal of Figure 5."""
+    three, five = tiny_figures()["fig3"], tiny_figures()["fig5"]
+    for method, layers in (("simclr", 35), ("supervised", 32)):
+        shown = [i for i in range(layers) if i % 2 or i > 31]
+        for key in ("probe", "invariance", "class_cka"):
+            values = three[f"{key}_{method}"]
+            assert values.shape == (2, len(shown)) and values.min() >= 0 and values.max() <= 1 + 1e-6, f"{key}_{method}"
+        correct = three[f"probe_{method}"] * 24
+        assert_close(correct, correct.round(), 1e-4, "probes are right on whole images")
+        assert five[method].shape == (layers, layers) and len(five[f"layers_{method}"]) == layers
+        assert_close(five[method].diagonal()[shown], three[f"invariance_{method}"].mean(0), 1e-4, method)
+        assert five[method].diagonal().min() < 0.999, "the two copies are the same images"
+
+
+def test_figures_one_seed():
+    """One seed: Figure 4 says that it compares a network with itself; no networks: the script says what to do."""
+    with temporary_folder() as folder:
+        assert_refused("fig2_cross.py", "--checkpoints", folder, "--out", folder / "out", words=["train_"])
+        shutil.copy(tiny_checkpoints() / "supervised_seed0.pt", folder)
+        flags = ["--checkpoints", folder, "--out", folder / "out", "--method", "supervised", "--device", "cpu"]
+        code, out, _ = run_script("fig1_internal.py", *flags)
+        assert code == 0 and "itself" in out
+        with np.load(folder / "out" / "fig4.npz") as saved:
+            assert_close(saved["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
+        assert_refused("fig1_internal.py", *flags, "--samples", 25, words=["--samples", "24"])
+        assert_refused("fig1_internal.py", *flags, "--batch-size", 0, words=["--batch-size"])
+
+
+def test_findings():
+    """A claim holds by more than the spread, or, of fewer than three values, for each; Spearman's correlation."""
+    for values, verdict in (([0.3, 0.2], "holds"), ([0.3, -0.1], "undecided"), ([-0.3, -0.1], "does not hold"),
+                            ([0.5, 0.1, 0.4], "holds"), ([0.5, -0.2, 0.1], "undecided"), ([math.nan, 1], "undecided")):
+        assert common.finding("x", "claim", ("number", values, 1, 0))["verdict"] == verdict, f"{values}"
+        mirrored = common.finding("x", "claim", ("number", 1 - np.array(values), -1, 1.0))
+        assert mirrored["verdict"] == verdict, f"{values}, mirrored"
+    two = common.finding("x", "claim", ("good", [1.0], 1, 0), ("bad", [1.0], -1, 0))
+    assert two["verdict"] == "does not hold"
+    got = common.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
+    assert_close(got, [0.8, -1.0], 1e-12, "rank correlation")
+
+
+def bench():
+    """Prints the measurements that the README quotes; every ratio is of times taken in this run, on this device."""
+    torch.set_num_threads(THREADS)
+    bench_cka()
+    bench_training()
+    bench_augmentation()
+
+
+def bench_cka():
+    """A table of time against the floor, peak memory and error of CKA between two ResNet-50s, all 32 layers each.
+
+    The floor, measured here: one bare forward pass per network, and half of every m x m x p product at the rate of
+    torch's float32 X @ X.T.
+    """
+    device = common.pick_device()
+    models = [common.build_model("supervised", "imagenet", seed=s, zero_init=False) for s in (0, 1)]
+    models = [m.to(device, memory_format=torch.channels_last).eval() for m in models]
+    x = torch.randn(2048, 8192, device=device)
+    print(f"CKA of two ResNet-50s, 32 px, 32 layers each; {device}, {torch.get_num_threads()} threads\n"
+          "     m  precision  GFLOP/s  floor s   time s  ratio  peak MB  largest error")
+    for m in (512, 1024, 2048, 4096):
+        images = common.synthetic_images(m, seed=0)[0].to(device)
+        inputs = common.imagenet_test(images, 32).contiguous(memory_format=torch.channels_last)
+        sources = [lambda a, b, n=n: list(common.representations(n, inputs[a:b], any_order=True).values()) for n in models]
+        with torch.no_grad():
+            forward = timed(lambda: [n(part) for n in models for part in inputs.split(256)], device)
+        rate = 2 * 2048 ** 2 * 8192 / timed(lambda: x @ x.T, device, 5)
+        p = sum(f[0].numel() for source in sources for f in source(0, 1))
+        floor = forward + m * m * p / rate
+        reference = double_cka([f for source in sources for f in source(0, m)]) if m <= 1024 else None
+        for precision in ("float32", "bfloat16") + (("tf32",) if device.type == "cuda" else ()):
+            found = []
+            with PeakMemory(device) as memory:
+                time_s = timed(lambda: found.append(common.cka_matrix(sources, m, precision=precision, batch=256)), device)
+            error = "-" if reference is None else f"{(found[-1] - reference).abs().max():.1e}"
+            print(f"{m:6}  {precision:9} {rate / 1e9:8.0f} {floor:8.2f} {time_s:8.2f} {time_s / floor:6.2f} {memory.peak / 1e6:8.0f}  {error}")
+
+
+def timed(work, device, repeats=1):
+    """Seconds per call of `work`, after one call to warm up if it is to be repeated."""
+    if repeats > 1:
+        work()
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    synchronise()
+    return (time.perf_counter() - start) / repeats
+
+
+class PeakMemory:
+    """The most memory in use inside the block, above what was in use before: by torch on CUDA, else by the process."""
+
+    def __init__(self, device):
+        self.device, self.peak = device, 0
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.before, self.done = self._resident(), threading.Event()
+            self.watcher = threading.Thread(target=self._watch)
+            self.watcher.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device) - self.before
+        else:
+            self.done.set()
+            self.watcher.join()
+
+    def _watch(self):
+        while not self.done.wait(0.02):
+            self.peak = max(self.peak, self._resident() - self.before)
+
+    @staticmethod
+    def _resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def double_cka(features):
+    """(L, L) float64: Eq. (2) with every Gram matrix centred by H on both sides, once."""
+    m = len(features[0])
+    h = torch.eye(m, dtype=torch.float64, device=features[0].device) - 1 / m
+    grams = torch.stack([h @ (x.double() @ x.double().T) @ h for x in features]).flatten(1).cpu()
+    hsic = grams @ grams.T
+    return hsic / hsic.diagonal().sqrt().outer(hsic.diagonal().sqrt())
+
+
+def bench_augmentation():
+    """Images per second of simclr_augment and of torchvision's per-image PIL pipeline, both on one core."""
+    transforms, threads = torchvision.transforms, torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = common.synthetic_images(512, seed=0)[0]
+    print("augmentation, one core: pixels  per-image PIL  batched  ratio   (images/s)")
+    for size, strength, blur, n in ((32, 0.5, False, 512), (224, 1.0, True, 64)):
+        jitter = transforms.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+        steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(),
+                 transforms.RandomApply([jitter], 0.8), transforms.RandomGrayscale(0.2)]
+        if blur:
+            steps.append(transforms.RandomApply([transforms.GaussianBlur(size // 10 // 2 * 2 + 1, (0.1, 2.0))], 0.5))
+        pipeline = transforms.Compose([*steps, transforms.ToTensor()])
+        pictures = [transforms.functional.to_pil_image(image) for image in images[:n]]
+        usual = n / timed(lambda: torch.stack([pipeline(p) for p in pictures]), torch.device("cpu"), 3)
+        ours = n / timed(lambda: common.simclr_augment(images[:n], size, strength, blur), torch.device("cpu"), 3)
+        print(f"{'':24}{size:6} {usual:14.0f} {ours:8.0f} {ours / usual:6.1f}")
+    torch.set_num_threads(threads)
+
+
+def bench_training():
+    """Time of a whole training step over the bare forward and backward of its network, and of LARS over SGD."""
+    device = common.pick_device()
+    print("training step over the bare forward and backward, 32 px, 7x7 stem: method  batch  bare s  step s  ratio")
+    for method, script in (("supervised", train_supervised), ("simclr", train_simclr)):
+        argv = ["--preset", "demo", "--batch-size", "128", "--micro-batch", "128"]
+        args = common.training_arguments("", script.PRESETS, argv)
+        data = common.load_data("synthetic", device)
+        run = common.Run(args, common.run_settings(args, method, 0, data, device), data, device)
+        run.build(None)
+        gradients = script.supervised_gradients if method == "supervised" else script.contrastive_gradients
+        inputs = torch.rand(128 if method == "supervised" else 256, 3, 32, 32, device=device)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+
+        def bare():
+            with run.autocast():
+                out = run.model(inputs)
+            out.float().square().mean().backward()
+            run.model.zero_grad()
+
+        times = [(timed(bare, device, 5), timed(lambda: run.take_step(gradients), device, 5)) for _ in range(3)]
+        bare_s, step_s = (min(t) for t in zip(*times))
+        print(f"{'':66} {method:10} {128:6} {bare_s:7.2f} {step_s:7.2f} {step_s / bare_s:6.2f}")
+    for p in run.model.parameters():
+        p.grad = torch.randn_like(p)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    sgd = torch.optim.SGD(trained, 1e-9, momentum=0.9, weight_decay=1e-6, foreach=True)
+    lars = common.LARS(trained, 1e-9, weight_decay=1e-6)
+    sgd_s, lars_s = (min(timed(o.step, device, 5) for _ in range(3)) for o in (sgd, lars))
+    print(f"LARS {lars_s * 1e3:.1f} ms, SGD(foreach=True) {sgd_s * 1e3:.1f} ms, ratio {lars_s / sgd_s:.2f}, {len(trained)} tensors")
+
+
+def main():
+    """Runs the checks named on the command line, or all; exit code 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="run only checks whose name contains one of these words")
+    parser.add_argument("--bench", action="store_true", help="measure speed, memory and error instead (ten minutes on a CPU)")
+    args = parser.parse_args()
+    if args.bench:
+        return bench()
+    checks = {name[5:]: check for name, check in globals().items() if name.startswith("test_")}
+    chosen = {n: c for n, c in checks.items() if not args.names or any(word in n for word in args.names)}
+    print(f"seed {SEED}", flush=True)
+    failed = 0
+    for name, check in chosen.items():
+        started = time.perf_counter()
+        try:
+            check()
+            outcome = "ok"
+        except Exception as error:
+            failed += 1
+            line = next(f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == __file__)
+            reason = " ".join(str(error).split())[:200] or "assertion failed"
+            outcome = f"FAILED in line {line}: {type(error).__name__}: {reason}"
+        print(f"{name:34s} {time.perf_counter() - started:6.1f} s  {outcome}", flush=True)
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
