@@ -34,6 +34,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,7 +259,7 @@ def _load_image_folder(folder):
 def _decode(name):
     try:
         return torchvision.transforms.functional.pil_to_tensor(torchvision.datasets.folder.default_loader(name))
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # damaged files fail in many ways
         raise UserError(f"{name}: not a readable image ({' '.join(str(error).split())[:120]}); replace or remove it") from None
 
 
@@ -340,15 +341,18 @@ def simclr_params(n, height, width, device, generator=None, strength=1.0):
     p = 0.8, 0.2, 0.5; "sigma" (n,): uniform in [0.1, 2] pixels.
     """
     params = imagenet_params(n, height, width, device, generator)
-    low = torch.tensor([max(0.0, 1 - 0.8 * strength)] * 3 + [-0.2 * strength], device=device)
-    high = torch.tensor([1 + 0.8 * strength] * 3 + [0.2 * strength], device=device)
-    params["factors"] = low + (high - low) * torch.rand(n, 4, device=device, generator=generator)
+    factors = torch.rand(n, 4, device=device, generator=generator)
+    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
+    factors[:, :3].mul_(high - low).add_(low)
+    factors[:, 3].mul_(0.4 * strength).sub_(0.2 * strength)
+    params["factors"] = factors
     params["order"] = torch.rand(n, 4, device=device, generator=generator).argsort(1)
     jitter, gray, blur, sigma = torch.rand(4, n, device=device, generator=generator)
     return params | {"jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
 
 
-def _slice(params, rows):
+def slice_params(params, rows):
+    """The parameters of some of the images."""
     return {name: value[rows] for name, value in params.items()}
 
 
@@ -462,7 +466,7 @@ def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params
     piece = max(4, 2 ** 18 // (3 * size * size))
     if images.device.type == "cpu" and len(images) > piece:  # a CPU is twice as fast on pieces that fit its cache
         pieces = [slice(start, start + piece) for start in range(0, len(images), piece)]
-        return torch.cat([simclr_augment(images[p], size, strength, blur, params=_slice(params, p)) for p in pieces])
+        return torch.cat([simclr_augment(images[p], size, strength, blur, params=slice_params(params, p)) for p in pieces])
     x = _color_jitter(_crop_resize_flip(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
@@ -486,8 +490,9 @@ def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, generator=Non
 def simclr_test(images, size):
     """SimCLR's test images: the whole image resized; float32 (n, 3, size, size) in [0, 1]."""
     n, _, height, width = images.shape
-    return _crop_resize_flip(images, size, {"box": torch.tensor([[0, 0, height, width]], device=images.device).expand(n, 4),
-                                            "flip": torch.zeros(n, dtype=torch.bool, device=images.device)})
+    box = torch.zeros(n, 4, dtype=torch.int64, device=images.device)
+    box[:, 2], box[:, 3] = height, width
+    return _crop_resize_flip(images, size, {"box": box, "flip": torch.zeros_like(box[:, 0], dtype=torch.bool)})
 
 
 def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
@@ -496,8 +501,9 @@ def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
 
 
 def _standardise(x, mean, std):
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (x - mean).div_(std)
+    for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: a tensor of them would wait for the device
+        x[:, channel].sub_(m).div_(s)
+    return x
 
 
 # ======================================================================================================================
@@ -740,7 +746,8 @@ def distributed(device_name):
     device = pick_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
     try:
         yield device
     finally:
@@ -772,7 +779,9 @@ def read_checkpoint(path, device="cpu"):
     """The dict in a checkpoint of ours; nothing in the file is executed. UserError if it is not one."""
     advice = "expected a file written by train_simclr.py or train_supervised.py"
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what a foreign file is; the error below says it
+            content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {advice}") from None
     except Exception as error:  # damaged files fail in many ways, all of them meaning the same
@@ -826,7 +835,7 @@ def training_arguments(doc, presets, argv=None):
     add("--batch-size", type=count, help="images per step, over all processes (App. A)")
     add("--micro-batch", type=count, help="images per forward and backward, per process: lower it to save memory")
     add("--checkpoint-activations", action="store_true",
-        help="save memory by computing activations twice; exact, batch norm included")
+        help="save memory by computing activations twice, the batch in one piece: exact, batch norm included")
     add("--image-size", type=number(int, low=8), help="pixels, training and test (footnote 3: 224; SimCLR B.9: 32)")
     add("--stem", choices=("imagenet", "cifar"), help="7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)")
     add("--lr", type=number(float, low=0), help="learning rate per 256 images: the peak is lr * batch-size / 256")
@@ -840,14 +849,18 @@ def training_arguments(doc, presets, argv=None):
     add("--precision", choices=("fp32", "bf16"), help="of products in training (default: bf16 where hardware has it)")
     add("--compile", action="store_true", help="torch.compile the network; pays on GPUs")
     args = parser.parse_args(argv)
-    preset = presets[args.preset]
-    for name, value in preset.items():
-        if getattr(args, name, None) is None:
+    given = {name for name, value in vars(args).items() if value is not None}
+    for name, value in presets[args.preset].items():
+        if name not in given:
             setattr(args, name, value)
     if args.warmup_epochs > args.epochs:
-        if args.warmup_epochs != preset["warmup_epochs"]:
+        if "warmup_epochs" in given:
             parser.error(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
         args.warmup_epochs = args.epochs / 2  # a short run by flags alone: the preset's warmup must leave room
+    if args.checkpoint_activations and args.compile:
+        parser.error("--compile: torch cannot compile what --checkpoint-activations does; give one of them")
+    if args.checkpoint_activations and "micro_batch" not in given:
+        args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
     if len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds {args.seeds}: each seed once")
     args.out = args.out or f"checkpoints/{args.preset}"
@@ -873,7 +886,10 @@ def run_settings(args, method, seed, data, device):
         raise UserError(f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process")
     settings = {name: getattr(args, name, None) for name in SETTINGS}
     settings["precision"] = args.precision or ("bf16" if has_bf16(device) else "fp32")
-    settings["micro_batch"] = min(args.micro_batch or args.batch_size, args.batch_size)
+    settings["micro_batch"] = min(args.micro_batch, args.batch_size)
+    local = args.batch_size // world_size()
+    if method == "supervised" and 1 in (local % settings["micro_batch"], min(local, settings["micro_batch"])):
+        raise UserError(f"--micro-batch {settings['micro_batch']}: leaves a piece of 1 image, too few for batch norm")
     mean, std = channel_statistics(data.train_images)
     return settings | {"method": method, "seed": seed, "train_images": n, "classes": list(data.classes),
                        "mean": list(mean), "std": list(std)}
@@ -917,11 +933,25 @@ def frozen_statistics(model):
             norm.track_running_stats = True
 
 
+@contextlib.contextmanager
+def recomputing(block):
+    """Batch norm computes again what it computed before, all the same, but counts nothing."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def checkpoint_blocks(model):
     """Makes each bottleneck keep only its input and compute its activations again in the backward pass."""
     for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
         for block in layer:
-            contexts = functools.partial(lambda b: (contextlib.nullcontext(), frozen_statistics(b)), block)
+            contexts = functools.partial(lambda b: (contextlib.nullcontext(), recomputing(b)), block)
             block.forward = functools.partial(recompute_activations, block.forward, use_reentrant=False,
                                               context_fn=contexts, preserve_rng_state=False)
 
@@ -969,8 +999,8 @@ class Log:
         records = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a line cut short by a kill
-                    records.append(json.loads(line))
+                with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill
+                    records.append(dict(json.loads(line)))
         records = [r for r in records if r.get("epoch", 0) <= epoch]
         self._replace(records + [{"resumed_after_epoch": epoch} | self._run_record(device)])
 
@@ -1068,7 +1098,7 @@ class Run:
 
         def draw(make, view, options):
             generator = generator_for(self.device, "augmentation", seed, step, view)
-            return _slice(make(self.batch, *images.shape[2:], self.device, generator, **options), self.rows)
+            return slice_params(make(self.batch, *images.shape[2:], self.device, generator, **options), self.rows)
 
         return Batch(images[chosen], self.data.train_labels[chosen], draw)
 
@@ -1188,6 +1218,9 @@ def train(args, settings, data, device, gradients):
         if checkpoint["epoch"] >= run.epochs:
             print0(f"{run.path}: finished, {run.epochs} epochs; skipped")
             return
+    advice = (f"--batch-size {run.batch} --micro-batch {settings['micro_batch']} --image-size {settings['image_size']} "
+              f"--precision {settings['precision']}: lower --micro-batch, or give --checkpoint-activations or --precision "
+              "bf16, or use more processes")
     run.build(checkpoint)
     if checkpoint:
         print0(f"{run.path}: resumed after epoch {run.epoch} of {run.epochs}, step {run.step} of {run.total}")
@@ -1195,7 +1228,7 @@ def train(args, settings, data, device, gradients):
     else:
         run.log.start(settings, device)
 
-    with Stop() as stop, out_of_memory_advice(settings):
+    with Stop() as stop, out_of_memory_advice(advice):
         while run.epoch < run.epochs:
             started, end, stopped = time.perf_counter() - run.spent, steps_until(run.epoch + 1, run.n, run.batch), False
             while run.step < end and not stopped:
@@ -1213,29 +1246,41 @@ def train(args, settings, data, device, gradients):
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(settings):
-    """Turns running out of memory into a UserError that names the sizes in use and the flags that help."""
+def out_of_memory_advice(advice):
+    """Turns running out of memory into a UserError with `advice`: the sizes in use and the flags that help."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; other allocators raise plain ones
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
-        raise UserError(f"out of memory with --batch-size {settings['batch_size']} --micro-batch {settings['micro_batch']} "
-                        f"--image-size {settings['image_size']} --precision {settings['precision']}: lower --micro-batch, or "
-                        "give --checkpoint-activations or --precision bf16, or use more processes") from None
+        raise UserError(f"out of memory with {advice}") from None
+
+
+def load_data_once(path, device):
+    """`load_data` by rank 0 first, which downloads or decodes, then by the others; if it fails, all of them stop."""
+    data, error = None, None
+    if rank() == 0:
+        try:
+            data = load_data(path, device)
+        except UserError as caught:
+            error = caught
+    if world_size() > 1:
+        fine = [error is None]
+        dist.broadcast_object_list(fine, src=0)
+        if rank() > 0 and not fine[0]:
+            sys.exit(2)  # rank 0 says why
+    if error:
+        raise error
+    return data or load_data(path, device)
 
 
 def train_all(doc, method, presets, gradients):
     """The `main` of a training script: flags, data, then one network after another, a seed each."""
     args = training_arguments(doc, presets)
+    torch.backends.cudnn.deterministic = True  # a resumed run must end in the same weights
     with distributed(args.device) as device:
         writable_folder(args.out)
-        if rank() == 0:
-            data = load_data(args.data, device)  # downloads or decodes once; the others then find it done
-        if world_size() > 1:
-            dist.barrier()
-        if rank() > 0:
-            data = load_data(args.data, device)
+        data = load_data_once(args.data, device)
         for seed in args.seeds:
             train(args, run_settings(args, method, seed, data, device), data, device, gradients)
 
@@ -1286,6 +1331,8 @@ def linear_cka(x, y, debiased=False):
     if both.constant:
         raise ValueError(f"{' and '.join('xy'[i] for i in both.constant)} is constant over samples: CKA is undefined")
     value = (both.debiased_cka if debiased else both.cka)[0, 1]
+    if value.isnan():
+        raise ValueError("linear_cka: the debiased HSIC of x or y with itself is 0: too few samples differ")
     return value.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -1349,67 +1396,51 @@ class _CentredFeatures:
     """The features of all sources, centred over all samples and scaled per layer; kept, or computed when asked for."""
 
     def __init__(self, sources, m, precision, memory, batch):
-        self.sources, self.m, self.batch = sources, m, batch
-        self.first, self.shift, self.scale = [], [], []  # per source, lists over layers
-        self.kept, self.precision, self.memory = [], precision, memory
+        self.sources, self.m, self.first = sources, m, []
+        for s in range(len(sources)):
+            self.first.append([x[0].clone() for x in self._ask(s, 0, 1)])  # sample 0 of every layer
+        self.sizes = [len(layers) for layers in self.first]
+        everything = [x for layers in self.first for x in layers]
+        self.device = everything[0].device
+        self.dtype = max((x.dtype for x in everything), key=lambda dtype: dtype.itemsize)
+        self.precision = precision or ("bfloat16" if has_bf16(self.device) else "float32")
+        self.memory = free_memory(self.device) // 2 if memory is None else int(memory)
+        self.bytes = [sum(x.nbytes for x in layers) for layers in self.first]  # of one sample, per source
+        self.batch = max(1, min(batch, self.memory // 8 // max(self.bytes)))
+        self.kept = None
+        if m * sum(self.bytes) <= 0.75 * self.memory:
+            self.kept = [[x.new_empty(m, len(x)) for x in layers] for layers in self.first]
+        self.shift, self.scale = [], []  # per source, lists over layers
         progress = _Progress("CKA: features", m * len(sources))
         for s in range(len(sources)):
             self._measure(s, progress)
         progress.close()
-        self.sizes = [len(shifts) for shifts in self.shift]
-        if self.kept is not None:
-            for s, layers in enumerate(self.kept):
-                for i, x in enumerate(layers):
-                    layers[i] = self._centred(x, s, i)
+        for s, layers in enumerate(self.kept or []):
+            for i, x in enumerate(layers):
+                layers[i] = self._centred(x, s, i)
 
     def _measure(self, s, progress):
-        """Pass one over source s: each feature's mean, each layer's range; keeps the features while there is room.
+        """Pass one over source s: each feature's mean and each layer's range; stores the features if they are kept.
 
         Sums are of differences from the first sample: exactly zero for a constant, and accurate for any mean.
         """
+        first = self.first[s]
+        sums = [0.0] * len(first)
+        low, high = ([x.new_zeros(()) for x in first] for _ in range(2))
         for a, b in self._chunks(0, self.m):
-            features = self._ask(s, a, b)
-            if a == 0:
-                self._prepare(features)
-                first, sums = [x[0].clone() for x in features], [0.0] * len(features)
-                low, high = [[torch.zeros((), dtype=x.dtype, device=x.device) for x in features] for _ in range(2)]
-                room = self._room_for(features)
-                self.first.append(first)
-            elif [x.shape[1:] for x in features] != [x.shape for x in first]:
-                raise ValueError(f"source {s} returned other shapes for samples {a} to {b - 1} than for the first ones")
-            for i, x in enumerate(features):
-                x = torch.sub(x, first[i], out=room[i][a:b] if room else None)
+            for i, x in enumerate(self._ask(s, a, b)):
+                x = torch.sub(x, first[i], out=self.kept[s][i][a:b] if self.kept else None)
                 sums[i] = sums[i] + x.sum(0).to(_wide(x.device))
                 least, most = torch.aminmax(x)
                 low[i], high[i] = torch.minimum(low[i], least), torch.maximum(high[i], most)
             progress.add(b - a)
-        spread = torch.stack([(h - l).cpu() for h, l in zip(high, low)])
+        spread = torch.stack([(h - l).cpu().double() for h, l in zip(high, low)])
         for i in (~spread.isfinite()).nonzero().flatten().tolist():
             raise ValueError(f"source {s}, layer {i}: features contain NaN or infinite values")
         self.shift.append([(total / self.m).to(x.dtype) for total, x in zip(sums, first)])
         # a power of two that brings the features to about 1: exact, and no product can overflow or vanish
         exponents = torch.frexp(spread).exponent.clamp(-120, 120)
         self.scale.append([2.0 ** -e for e in exponents.tolist()])
-        if room:
-            self.kept.append(room)
-
-    def _prepare(self, features):
-        """Decisions that need a device: once, at the first features seen."""
-        if not self.first:
-            self.device = features[0].device
-            self.precision = self.precision or ("bfloat16" if has_bf16(self.device) else "float32")
-            self.memory = free_memory(self.device) // 2 if self.memory is None else int(self.memory)
-            self.dtype = max((x.dtype for x in features), key=lambda d: d.itemsize)
-
-    def _room_for(self, features):
-        """Empty tensors for all samples of these layers, or None if keeping every feature would take too much."""
-        sizes = [x[0].numel() * x.itemsize for x in features]
-        used = sum(x.nbytes for layers in self.kept or [] for x in layers)
-        if self.kept is not None and used + self.m * sum(sizes) <= 0.75 * self.memory:
-            return [torch.empty(self.m, x.shape[1], dtype=x.dtype, device=x.device) for x in features]
-        self.kept = None
-        self.batch = max(1, min(self.batch, self.memory // 8 // max(1, sum(sizes))))
-        return None
 
     def _ask(self, s, a, b):
         """The source's features of samples a to b - 1, each (b - a, p), in float32 or float64."""
@@ -1417,7 +1448,11 @@ class _CentredFeatures:
         if not features or any(x.ndim == 0 or len(x) != b - a for x in features):
             raise ValueError(f"source {s} must return a list of tensors of {b - a} rows for samples {a} to {b - 1}, "
                              f"got shapes {[tuple(x.shape) for x in features]}")
-        return [x.reshape(b - a, -1).to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in features]
+        features = [x.reshape(b - a, x.numel() // (b - a)) for x in features]
+        if any(x.shape[1] == 0 for x in features) or (
+                len(self.first) > s and [x.shape[1:] for x in features] != [x.shape for x in self.first[s]]):
+            raise ValueError(f"source {s} returned features of size 0, or of other sizes than for sample 0")
+        return [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in features]
 
     def _centred(self, x, s, i):
         """x - first sample (overwritten) -> centred and scaled, in the type that is multiplied."""
@@ -1429,9 +1464,8 @@ class _CentredFeatures:
         return x
 
     def _chunks(self, a, b):
-        while a < b:
-            yield a, min(a + self.batch, b)
-            a = min(a + self.batch, b)
+        for c in range(a, b, self.batch):
+            yield c, min(c + self.batch, b)
 
     def blocks(self, s, a, b):
         """Yields (start, stop, list of (stop - start, p)) that cover samples a to b - 1 of source s."""
@@ -1459,10 +1493,10 @@ class _CentredFeatures:
         width, layers = self.m - a, sum(self.sizes)
         tile = self.dtype.itemsize * width * (layers + 2)  # one row of every layer's tile; two for temporaries
         if self.kept is not None:
-            used, row, most = sum(x.nbytes for ls in self.kept for x in ls), tile, 1024
+            used, row, most = sum(x.nbytes for layers in self.kept for x in layers), tile, 1024
         else:
-            sizes = [sum(x.nbytes for x in firsts) for firsts in self.first]  # bytes per sample of each source
-            used, row, most = 3 * self.batch * max(sizes) + 2 * sum(sizes), tile + max(sizes), width
+            passing = 3 * self.batch * max(self.bytes)  # a batch on its way: asked for, centred, and the one before
+            used, row, most = passing + 2 * sum(self.bytes), tile + max(self.bytes), width
         fits = (self.memory - used) // row
         if fits < 1:
             raise ValueError(f"memory={self.memory} bytes is too little: one row of tiles and one batch of features need "
@@ -1478,7 +1512,7 @@ class _CentredFeatures:
 
 
 def _sum_over_pairs(features, m):
-    """Pass two. Sums over i < j of K'_ij L'_ij (L, L) in float64; diagonals K'_ii (L, m); row sums of squares (L, m)."""
+    """Pass two: sums over i < j of K'_ij L'_ij (L, L) in float64, diagonals K'_ii (L, m), row sums of squares (L, m)."""
     count = sum(features.sizes)
     pairs = torch.zeros(count, count, dtype=_wide(features.device), device=features.device)
     diagonal, rows = (torch.zeros(count, m, dtype=features.dtype, device=features.device) for _ in range(2))
@@ -1486,31 +1520,42 @@ def _sum_over_pairs(features, m):
     a = 0
     while a < m:
         b = a + features.rows_that_fit(a)
-        tiles = torch.empty(count, b - a, m - a, dtype=features.dtype, device=features.device)
-        layer = 0
-        for s, size in enumerate(features.sizes):
-            own, mine = features.rows(s, a, b), tiles[layer:layer + size]
-            with _matmul_precision(features.precision):
-                for x, tile in zip(own, mine):
-                    _upper_triangle(x, tile[:, :b - a])
-            progress.add((b - a) ** 2 // 2)
-            for c, d, others in features.blocks(s, b, m):
-                with _matmul_precision(features.precision):
-                    for x, y, tile in zip(own, others, mine):
-                        _multiply(x, y, tile[:, c - a:d - a])
-                progress.add((b - a) * (d - c))
-            layer += size
-        for i, tile in enumerate(tiles):
-            corner = tile[:, :b - a]
-            diagonal[i, a:b] = corner.diagonal()
-            corner.triu_(1)
-            squares = tile.square()
-            rows[i, a:b] += squares.sum(1)
-            rows[i, a:] += squares.sum(0)
-        pairs += _inner_products(tiles.view(count, -1))
+        _add_block(features, a, b, m, pairs, diagonal, rows, progress)  # a function: its tiles are gone when it returns
         a = b
     progress.close()
     return pairs, diagonal, rows
+
+
+def _add_block(features, a, b, m, pairs, diagonal, rows, progress):
+    """Adds rows a to b - 1 of every layer's upper triangle to the sums of `_sum_over_pairs`."""
+    tiles = torch.empty(len(pairs), b - a, m - a, dtype=features.dtype, device=features.device)
+    layer = 0
+    for s, size in enumerate(features.sizes):
+        _fill_tiles(features, s, a, b, m, tiles[layer:layer + size], progress)
+        layer += size
+    for i, tile in enumerate(tiles):
+        corner = tile[:, :b - a]
+        diagonal[i, a:b] = corner.diagonal()
+        corner.triu_(1)
+        squares = tile.square()
+        rows[i, a:b] += squares.sum(1)
+        rows[i, a:] += squares.sum(0)
+        del squares
+    pairs += _inner_products(tiles.view(len(pairs), -1))
+
+
+def _fill_tiles(features, s, a, b, m, tiles, progress):
+    """tiles (layers of source s, b - a, m - a) = rows a to b - 1 of its Gram matrices from column a on, upper triangle."""
+    own = features.rows(s, a, b)
+    with _matmul_precision(features.precision):
+        for x, tile in zip(own, tiles):
+            _upper_triangle(x, tile[:, :b - a])
+    progress.add((b - a) ** 2 // 2)
+    for c, d, others in features.blocks(s, b, m):
+        with _matmul_precision(features.precision):
+            for x, y, tile in zip(own, others, tiles):
+                _multiply(x, y, tile[:, c - a:d - a])
+        progress.add((b - a) * (d - c))
 
 
 def _multiply(x, y, out):
@@ -1518,7 +1563,10 @@ def _multiply(x, y, out):
     if x.dtype == torch.bfloat16:
         out.copy_(torch.mm(x, y.T, out_dtype=torch.float32))
     elif x.dtype == out.dtype:
-        torch.mm(x, y.T, out=out)
+        piece = 4096 if x.device.type == "cpu" else x.shape[1]  # long rows a power of two apart share a CPU's cache lines
+        torch.mm(x[:, :piece], y[:, :piece].T, out=out)
+        for k in range(piece, x.shape[1], piece):
+            torch.addmm(out, x[:, k:k + piece], y[:, k:k + piece].T, out=out)
     else:
         out.copy_(x @ y.T)
 
@@ -1601,7 +1649,7 @@ class _Progress:
         now = time.monotonic()
         if sys.stderr.isatty() and now - self.start > 3 and now - self.shown > 0.5:
             self.shown = now
-            left = (now - self.start) * (self.total / self.done - 1)
+            left = (now - self.start) * (self.total / max(1, self.done) - 1)
             print(f"\r{self.what} {min(1, self.done / self.total):4.0%}, {left:.0f} s left   ", end="", file=sys.stderr)
 
     def close(self):
@@ -1663,6 +1711,10 @@ def open_study(parser, methods, argv=None):
             raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
                             f"`python train_{method}.py --out {folder}`")
         networks[method] = [load_model(path, device) for path in paths]
+        seeds = [(m.settings["method"], m.settings["seed"]) for m in networks[method]]
+        if len(set(seeds)) < len(seeds) or {m for m, _ in seeds} != {method}:
+            raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks of different "
+                            "seeds; move the others away")
         for path, model in zip(paths, networks[method]):
             if model.settings["epoch"] < model.settings["epochs"]:
                 warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
@@ -1716,7 +1768,7 @@ def network_source(model, images, view=None, layers=slice(None)):
 
     def source(start, stop):
         rows = slice(start, stop)
-        inputs = prepare(model, images[rows], None if params is None else _slice(params, rows))
+        inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
         found = list(representations(model, inputs, any_order=True).values())
         return found[layers] if isinstance(layers, slice) else [found[i] for i in layers]
 
@@ -1731,8 +1783,12 @@ def measure(study, sources, names):
     args = study.args
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = gram_statistics(sources, len(study.images), precision=args.precision, batch=args.batch_size,
-                                memory=int(args.memory * 1e9) if args.memory else None)
+        with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"):
+            try:
+                found = gram_statistics(sources, len(study.images), precision=args.precision, batch=args.batch_size,
+                                        memory=int(args.memory * 1e9) if args.memory else None)
+            except ValueError as error:
+                raise UserError(f"{error} (sources: {', '.join(dict.fromkeys(n.rsplit(' ', 1)[0] for n in names))})") from None
     for layer in found.constant:
         warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
     for other in caught:
@@ -1786,14 +1842,18 @@ def report(study, name, figure, arrays, findings):
     arrays = arrays | {f"finding_{f['id']}_{i}": v for f in findings for i, (_, v) in enumerate(f["numbers"])}
     arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
                "samples": len(study.images), "debiased": study.args.debiased, "settings": json.dumps(settings)}
-    path = study.out / f"{name}.npz"
-    try:
-        with open(path.with_name(path.name + ".tmp"), "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(file.name, path)
-        figure.savefig(study.out / f"{name}.png", dpi=150)
-    except OSError as error:
-        raise UserError(f"--out {study.out}: cannot write ({error.strerror})") from None
+    for ending, write in (("npz", lambda file: np.savez_compressed(file, **arrays)),
+                          ("png", lambda file: figure.savefig(file, dpi=150, format="png"))):
+        path = study.out / f"{name}.{ending}"
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        finally:
+            temporary.unlink(missing_ok=True)
     plt.close(figure)
     print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "
           f"{'debiased' if study.args.debiased else 'biased'} CKA)")

@@ -12,8 +12,8 @@ import itertools
 
 import numpy as np
 
-from common import (BLOCK_GROUPS, EVEN, LAYERS, NAMES, ODD, add_colorbar, cka_heatmap, figure_parser, finding, layer_names,
-                    measure, network_source, new_figure, open_study, plural, report, user_errors)
+from common import (EVEN, GROUP, LAYERS, NAMES, ODD, add_colorbar, cka_heatmap, figure_parser, finding, layer_names,
+                    measure, network_source, new_figure, open_study, plural, report, user_errors, warn)
 
 
 def compare_seeds(study, models):
@@ -26,7 +26,7 @@ def compare_seeds(study, models):
     return np.stack([blocks[i, j] for i, j in pairs]), dominance.reshape(count, 32)
 
 
-def off_diagonal(matrices, mask):
+def mean_over(matrices, mask):
     """Mean over the True cells of `mask` of each of matrices (P, n, n)."""
     return matrices[:, mask].mean(1)
 
@@ -36,12 +36,12 @@ def structure(pairs):
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     i, j = np.indices((16, 16))
     neighbours, itself, others = abs(i - j) == 1, i == j, i != j
-    group = np.repeat([1, 2, 3, 4], [2 * b for b in BLOCK_GROUPS])
+    group = np.repeat(GROUP, 2)
     same, own = group[:, None] == group, np.eye(32, dtype=bool)
-    contrast = {name: off_diagonal(m, itself) - off_diagonal(m, others) for name, m in (("odd", odd), ("even", even))}
-    across = off_diagonal(pairs, ~same)
-    return {"a": off_diagonal(even, neighbours) - off_diagonal(odd, neighbours), "b": contrast["odd"],
-            "b_even": contrast["odd"] - contrast["even"], "c": off_diagonal(pairs, same & ~own) - across, "across": across}
+    contrast = {name: mean_over(m, itself) - mean_over(m, others) for name, m in (("odd", odd), ("even", even))}
+    across = mean_over(pairs, ~same)
+    return {"a": mean_over(even, neighbours) - mean_over(odd, neighbours), "b": contrast["odd"],
+            "b_even": contrast["odd"] - contrast["even"], "c": mean_over(pairs, same & ~own) - across, "across": across}
 
 
 def findings(number, name, pairs):
@@ -60,9 +60,13 @@ def other_method(study, other):
     path = study.out / f"{other}.npz"
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        same = int(saved["samples"]) == len(study.images) and bool(saved["debiased"]) == study.args.debiased
-        return saved["pairs"] if same else None
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            same = int(saved["samples"]) == len(study.images) and bool(saved["debiased"]) == study.args.debiased
+            return saved["pairs"] if same and saved["pairs"].shape[1:] == (32, 32) else None
+    except Exception as error:  # a damaged file must not cost this figure
+        warn(f"{path}: not readable ({error}); claim 4d is left out")
+        return None
 
 
 def plot(pairs, name, seeds, debiased):

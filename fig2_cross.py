@@ -31,7 +31,7 @@ def findings(pairs):
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     diag_odd, diag_even = (m.diagonal(axis1=1, axis2=2) for m in (odd, even))
     early, later = diag_odd[:, GROUP == 1].mean(1), diag_odd[:, GROUP > 1].mean(1)
-    shift = even.argmax(2) - np.arange(16)  # index of the most similar supervised layer minus own index
+    shift = np.where(np.isnan(even).any(2), np.nan, even.argmax(2) - np.arange(16))  # most similar supervised layer - own
     entry, exit_ = shift[:, [3, 7, 13]], shift[:, [6, 12, 15]]
     fall = {3: diag_even[:, 7] - diag_even[:, 12], 4: diag_even[:, 12] - diag_even[:, 15]}
     similar = diag_even[:, GROUP < 4].mean(1) - diag_odd[:, (GROUP == 2) | (GROUP == 3)].mean(1)
@@ -40,7 +40,7 @@ def findings(pairs):
         finding("2b", "dissimilar residuals beyond BG1", ("ratio BG2-4 / BG1", later / early, -1, 0.5), ("BG2-4", later, 0, 0)),
         finding("2c", "even layers are similar along the diagonal", ("even BG1-3 - odd BG2-3", similar, 1, 0)),
         finding("2d", "stalling: entering a block group SimCLR stays with earlier supervised layers",
-                ("groups of 3 entered behind", (entry < 0).sum(1), 1, 1.5)),
+                ("groups of 3 entered behind", np.where(np.isnan(entry).any(1), np.nan, (entry < 0).sum(1)), 1, 1.5)),
         finding("2e", "catching up later in the group", *[(f"BG{g}", (exit_ - entry)[:, g - 2], 1, 0) for g in (2, 3)]),
         finding("2f", "rapid divergence in the final block group", ("fall over BG4", fall[4], 1, 0),
                 ("more than over BG3 by", fall[4] - fall[3], 1, 0))]
@@ -56,7 +56,8 @@ def plot(pairs, debiased):
     add_colorbar(figure, image, axes[:2], debiased)
     even = pairs[:, EVEN, EVEN]
     depth_lines(axes[2], even.diagonal(axis1=1, axis2=2), "tab:green", "diag")
-    depth_lines(axes[2], even.max(2), "tab:red", "max", marker="s")
+    most_similar = mean[EVEN, EVEN].argmax(1)  # the dots; their mean over pairs is the stored `max`
+    depth_lines(axes[2], even[:, np.arange(16), most_similar], "tab:red", "max", marker="s")
     mark_block_groups(axes[2])
     axes[2].set(title="SimCLR even layers", xlabel="SimCLR layer", ylabel="CKA with supervised layer", ylim=(0, 1))
     axes[2].legend(loc="lower left")

@@ -55,7 +55,7 @@ def probe_accuracies(study, model):
     steps = args.probe_epochs * (len(chosen) // batch)
 
     def features(images):
-        found = list(representations(model, prepare(model, images)).values())
+        found = list(representations(model, prepare(model, images), any_order=True).values())
         return [found[i] for i in layers]
 
     widths = [x.shape[1] for x in features(data.train_images[:2])]

@@ -47,8 +47,6 @@ from torchvision.transforms.v2 import functional as TF
 import common
 import train_simclr
 import train_supervised
-from train_simclr import contrastive_gradients
-from train_supervised import supervised_gradients
 
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each other more than they work
@@ -194,7 +192,7 @@ def test_cka_many_samples():
     got = common.gram_statistics([source(layers, asked)], m, precision="float32", batch=128)
     assert_close(got.cka, literal_cka(layers), 2e-6, "biased")
     assert_close(got.debiased_cka, literal_cka(layers, True), 2e-6, "debiased")
-    assert sorted(asked) == [(a, min(a + 128, m)) for a in range(0, m, 128)], "asked more than once per sample"
+    assert asked == [(0, 1)] + [(a, min(a + 128, m)) for a in range(0, m, 128)], "asked more than once per sample"
 
 
 def test_cka_feature_form():
@@ -222,9 +220,9 @@ def test_cka_double():
     x, y = random_layers(rng(), 140, [(9,), (2000,)])
     for debiased in (False, True):
         want = literal_cka([x, y], debiased)
-        x, y = x.double() + 1e4, y.double() - 1e4  # no change in CKA
-        assert_close(common.linear_cka(x, y, debiased), want[0, 1], 1e-10, "linear_cka")
-        assert_close(common.cka_matrix([source([x, y])], 140, debiased, precision="float32"), want, 1e-10, "cka_matrix")
+        far = [x.double() + 1e4, y.double() - 1e4]  # no change in CKA
+        assert_close(common.linear_cka(*far, debiased), want[0, 1], 1e-10, "linear_cka")
+        assert_close(common.cka_matrix([source(far)], 140, debiased, precision="float32"), want, 1e-10, "cka_matrix")
 
 
 def test_cka_tiny_and_huge():
@@ -240,11 +238,12 @@ def test_cka_batch_and_memory():
     g, m = rng(), 157
     layers, others = random_layers(g, m, [(4, 5), (600,), (90,)]), random_layers(g, m, [(700,), (3,)])
     want = common.gram_statistics([source(layers), source(others)], m, precision="float32")
-    for batch, memory in ((1, None), (7, None), (1000, None), (128, 1_500_000), (128, 700_000), (11, 300_000)):
+    for batch, memory in ((1, None), (7, None), (1000, None), (128, 1_500_000), (128, 700_000), (11, 300_000),
+                          (128, 300_000)):  # the last: less room than a batch needs
         asked = []
         got = common.gram_statistics([source(layers, asked), source(others)], m, precision="float32", batch=batch,
                                      memory=memory)
-        times = sum(stop - start for start, stop in asked) / m
+        times = sum(stop - start for start, stop in asked[1:]) / m  # the first call only asks for shapes
         assert times == 1 if memory in (None, 1_500_000) else times > 2, f"each sample was asked for {times} times"
         for name in ("cka", "debiased_cka", "dominance"):
             assert_close(getattr(got, name), getattr(want, name), 1e-6, f"{name}, batch {batch}, memory {memory}")
@@ -327,9 +326,9 @@ def test_cka_dominance():
         x = x.double() - x.double().mean(0)
         rows = ((x @ x.T) ** 2).sum(1)
         strongest = rows.argsort(descending=True)[:3]  # ceil(250 / 100)
-        assert got.dominant[i].tolist() == strongest.tolist()
+        assert_close(rows[got.dominant[i]] / rows.max(), rows[strongest] / rows.max(), 1e-5, "the samples' strength")
         assert_close(got.dominance[i], rows[strongest].sum() / rows.sum(), 1e-6, "dominance")
-    assert got.dominant[1].tolist() == outliers.tolist() and got.dominance[1] > 0.5 > got.dominance[0]
+    assert set(got.dominant[1].tolist()) == set(outliers.tolist()) and got.dominance[1] > 0.5 > got.dominance[0]
 
 
 def test_cka_restores_switches():
@@ -431,7 +430,7 @@ def _fake_features(precision, kept):
     layers = [torch.zeros(300, p, device="cuda") for p in (5, 700)]
     features = common._CentredFeatures.__new__(common._CentredFeatures)
     vars(features).update(m=300, batch=70, precision=precision, memory=2 << 20, device=layers[0].device,
-                          dtype=torch.float32, sizes=[2], sources=[source(layers)], first=[[x[0] for x in layers]],
+                          dtype=torch.float32, sizes=[2], bytes=[705 * 4], sources=[source(layers)], first=[[x[0] for x in layers]],
                           shift=[[x.mean(0) for x in layers]], scale=[[1.0, 1.0]], kept=None)
     if kept:
         features.kept = [[features._centred(x - x[0], 0, i) for i, x in enumerate(layers)]]
@@ -559,7 +558,7 @@ def literal_info_nce(z1, z2, temperature):
 def test_info_nce_literal():
     """Value, gradient and accuracy of the double loop; ln(2N - 1) for identical views."""
     g = rng()
-    for n, d, temperature in ((7, 5, 0.5), (2, 3, 0.1), (1, 4, 0.5)):
+    for n, d, temperature in ((7, 5, 0.5), (9, 4, 0.1), (2, 3, 1.0), (1, 4, 0.5)):
         base = torch.randn(n, d, generator=g)
         z1, z2 = (base + 0.7 * torch.randn(n, d, generator=g) for _ in range(2))
         z1, z2 = z1.mul(3).requires_grad_(), z2.requires_grad_()
@@ -922,8 +921,8 @@ def test_micro_batches_exchange_once():
         silent.pop()
 
     model = small_network(group_norm)
-    model[8].bias.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
-    for gradients in (contrastive_gradients, supervised_gradients):
+    model[7].weight.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
+    for gradients in (train_simclr.contrastive_gradients, train_supervised.supervised_gradients):
         run, batch = stand_in(model, some_images(g, 10, 20, 20), torch.randint(6, (10,), generator=g), 3)
         run.no_sync = no_sync
         passes.clear()
@@ -938,9 +937,9 @@ def views_of(batch, rows):
 
 
 def small_network(norm):
-    """A convolutional net with three normalisations."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 6))
+    """A small convolutional net, whose embeddings point in all directions."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 6, bias=False))
 
 
 def group_norm(channels):
@@ -960,20 +959,22 @@ def test_micro_batches():
     views = [exact(view.double()) for view in views_of(batch, slice(None))]
     loss, accuracy = literal_info_nce(*views, 0.5)
     loss.backward()
-    references = [(contrastive_gradients, loss.item(), accuracy, gradients_of(exact))]
+    references = [(train_simclr.contrastive_gradients, loss.item(), accuracy, gradients_of(exact))]
     logits = exact(common.imagenet_augment(images, 16, MEAN, STD, params=batch.params(common.imagenet_params)).double())
     loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / 10
     loss.backward()
     accuracy = (logits.argmax(1) == labels).double().mean()
-    references.append((supervised_gradients, loss.item(), accuracy, gradients_of(exact)))
+    references.append((train_supervised.supervised_gradients, loss.item(), accuracy, gradients_of(exact)))
     for gradients, loss, accuracy, want in references:
         for micro_batch in (10, 5, 3, 1):
             got_loss, got_accuracy = gradients(*stand_in(model, images, labels, micro_batch))
             assert_close(got_loss, loss, 2e-6, "loss")
             assert_close(got_accuracy, accuracy, 1e-6, "accuracy")
             assert not got_loss.requires_grad
-            name = f"{gradients.__name__}, micro-batch {micro_batch}: gradient"
-            assert_same_direction_and_size(gradients_of(model), want, 1e-5, name)
+            got, name = gradients_of(model), f"{gradients.__name__}, micro-batch {micro_batch}: gradient"
+            assert_same_direction_and_size(got, want, 1e-4, name)
+            whole = got if micro_batch == 10 else whole  # shares the rounding of float32, unlike the reference
+            assert_same_direction_and_size(got, whole, 1e-5, name)
 
 
 def test_micro_batch_statistics():
@@ -986,7 +987,7 @@ def test_micro_batch_statistics():
     for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
         x = model[0](torch.cat(views_of(batch, rows))).detach().transpose(0, 1).flatten(1)  # (channels, all places)
         mean, var = 0.9 * mean + 0.1 * x.mean(1), 0.9 * var + 0.1 * x.var(1)
-    contrastive_gradients(run, batch)
+    train_simclr.contrastive_gradients(run, batch)
     assert_close(model[1].running_mean, mean, 1e-5, "running mean")
     assert_close(model[1].running_var, var, 1e-5, "running variance")
     assert model[1].num_batches_tracked == model[4].num_batches_tracked == 3
@@ -1150,7 +1151,7 @@ def test_checkpoint_bad_files():
             common.load_model(path)
         keys = dict.fromkeys(("settings", "epoch", "step", "backbone", "head"), {})
         contents = {"empty": b"", "truncated": good[:len(good) // 2], "text": b"hello",
-                    "pickle": pickle.dumps(Payload(marker), protocol=2)}
+                    "pickle": pickle.dumps(Payload(marker))}
         for name, value in (("object", Payload(marker)), ("inside", keys | {"backbone": Payload(marker)}),
                             ("tensor", torch.ones(3)), ("keys", keys), ("foreign", {"model": torch.ones(3)})):
             buffer = io.BytesIO()
@@ -1158,11 +1159,11 @@ def test_checkpoint_bad_files():
             contents[name] = buffer.getvalue()
         for name, content in contents.items():
             path.write_bytes(content)
-            with raises(common.UserError, str(path)):
-                common.load_model(path)
-            if name in ("truncated", "inside"):  # a file that cannot be read is not a reason to start again over it
+            if name in ("truncated", "pickle", "inside"):  # no reason to start again
                 assert_refused("train_supervised.py", *flags_for("supervised", folder, "--seeds", 0))
                 assert path.read_bytes() == content
+            with raises(common.UserError, str(path)):
+                common.load_model(path)
         assert not marker.exists(), "a file was executed"
 
 

@@ -12,7 +12,7 @@ import contextlib
 
 import torch
 
-from common import frozen_statistics, info_nce_and_accuracy, simclr_augment, simclr_params, train_all, user_errors
+from common import frozen_statistics, info_nce_and_accuracy, simclr_augment, simclr_params, slice_params, train_all, user_errors
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
     data="data", seeds=[0, 1, 2], epochs=1300, batch_size=4096, micro_batch=512, image_size=224, stem="imagenet",
@@ -38,7 +38,7 @@ def contrastive_gradients(run, batch):
     for start in range(0, len(batch.images), size):
         rows = slice(start, start + size)
         views = [simclr_augment(batch.images[rows], s["image_size"], s["strength"], s["blur"],
-                                params={name: value[rows] for name, value in p.items()}) for p in params]
+                                params=slice_params(p, rows)) for p in params]
         chunks.append(torch.cat(views).contiguous(memory_format=torch.channels_last))  # one forward for both views
 
     def embed(chunk):

@@ -13,7 +13,7 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
-from common import imagenet_augment, imagenet_params, train_all, user_errors
+from common import imagenet_augment, imagenet_params, slice_params, train_all, user_errors
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
     data="data", seeds=[0, 1, 2], epochs=300, batch_size=8192, micro_batch=1024, image_size=224, stem="imagenet",
@@ -34,7 +34,7 @@ def supervised_gradients(run, batch):
     for start in range(0, n, size):
         rows, last = slice(start, start + size), start + size >= n
         images = imagenet_augment(batch.images[rows], s["image_size"], s["mean"], s["std"],
-                                  params={name: value[rows] for name, value in params.items()})
+                                  params=slice_params(params, rows))
         with contextlib.nullcontext() if last else run.no_sync():  # ranks exchange gradients once per step
             with run.autocast():
                 logits = run.network(images.contiguous(memory_format=torch.channels_last))
