@@ -71,7 +71,7 @@ def user_errors():
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:  # a full disk, a folder taken away: the machine's trouble, not the code's
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print("error: " + " ".join(f"{error.filename or ''} {error.strerror or error}".split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -725,7 +725,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be shared
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
@@ -1826,10 +1826,13 @@ def finding(identity, claim, *numbers):
 
 
 def rank_correlation(values):
-    """Spearman's correlation of values (..., n), along the last dimension, with 1 to n."""
-    ranks = np.argsort(np.argsort(values, -1), -1)
-    depth = np.arange(ranks.shape[-1]) - (ranks.shape[-1] - 1) / 2
-    return (ranks * depth).sum(-1) / (depth ** 2).sum()
+    """Spearman's correlation of values (..., n), along the last dimension, with 1 to n; ties share their mean rank."""
+    values = np.asarray(values, float)
+    below = values[..., :, None] > values[..., None, :]
+    ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
+    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
+    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
+        return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
 def report(study, name, figure, arrays, findings):

@@ -22,7 +22,7 @@ PRESETS = {
     "paper": PAPER,
     "cifar": PAPER | dict(micro_batch=2048, image_size=32, stem="cifar"),
     "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=32, micro_batch=32, image_size=32, lr=12.0,
-                         warmup_epochs=0.5, subset=1280, checkpoint_every=1),
+                         warmup_epochs=0.5, subset=1088, checkpoint_every=1),
 }
 
 
