@@ -1838,7 +1838,7 @@ def rank_correlation(values):
 def report(study, name, figure, arrays, findings):
     """Writes <out>/<name>.png and .npz (arrays, findings, settings) and prints the findings, one line each."""
     for f in findings:
-        numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in f["numbers"])
+        numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in dict(f["numbers"]).items())
         count = f["numbers"][0][1].size
         print(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
     settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
