@@ -165,7 +165,7 @@ def load_data(path, device):
     Raises UserError, one line, for anything missing, unreadable or of unequal size.
     """
     if path == "synthetic":
-        data = Data(*synthetic_images(4000, seed=1), *synthetic_images(1000, seed=2), SYNTHETIC_CLASSES)
+        data = Data(*synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES)
     elif Path(path).exists() and not Path(path).is_dir():
         raise UserError(f"--data {path}: is a file; expected a folder, or the word synthetic")
     elif (Path(path) / "train").is_dir() or (Path(path) / "test").is_dir():
@@ -794,11 +794,11 @@ def read_checkpoint(path, device="cpu"):
     return content
 
 
-def load_weights(model, checkpoint, path):
-    """Copies a checkpoint's backbone and head into `model`; UserError naming what does not fit."""
+def load_weights(model, checkpoint, path, assign=False):
+    """Copies (or with `assign` puts) a checkpoint's backbone and head into `model`; UserError naming what does not fit."""
     weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
     try:
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(weights, strict=True, assign=assign)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its weights do not fit a ResNet-50 with this stem and head ({str(error)[:300]})") from None
 
@@ -811,10 +811,11 @@ def load_model(path, device="cpu"):
     """
     checkpoint = read_checkpoint(path, device)
     settings = checkpoint["settings"]
-    model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
-    load_weights(model, checkpoint, path)
+    with torch.device("meta"):  # no time spent on initial weights
+        model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
+    load_weights(model, checkpoint, path, assign=True)
     model.settings = settings | {"epoch": checkpoint["epoch"]}
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device, torch.float32, memory_format=torch.channels_last).eval()
 
 
 # ======================================================================================================================
@@ -1517,18 +1518,19 @@ def _sum_over_pairs(features, m):
     pairs = torch.zeros(count, count, dtype=_wide(features.device), device=features.device)
     diagonal, rows = (torch.zeros(count, m, dtype=features.dtype, device=features.device) for _ in range(2))
     progress = _Progress("CKA: Gram matrices", m * m * len(features.sizes) // 2)
+    memory = torch.empty(count * features.rows_that_fit(0) * m, dtype=features.dtype, device=features.device)
     a = 0
-    while a < m:
-        b = a + features.rows_that_fit(a)
-        _add_block(features, a, b, m, pairs, diagonal, rows, progress)  # a function: its tiles are gone when it returns
+    while a < m:  # each block's tiles in the same memory: to touch new memory takes longer than to fill it
+        b = a + min(features.rows_that_fit(a), len(memory) // (count * (m - a)))
+        tiles = memory[:count * (b - a) * (m - a)].view(count, b - a, m - a)
+        _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress)
         a = b
     progress.close()
     return pairs, diagonal, rows
 
 
-def _add_block(features, a, b, m, pairs, diagonal, rows, progress):
-    """Adds rows a to b - 1 of every layer's upper triangle to the sums of `_sum_over_pairs`."""
-    tiles = torch.empty(len(pairs), b - a, m - a, dtype=features.dtype, device=features.device)
+def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
+    """Adds rows a to b - 1 of every layer's upper triangle, formed in `tiles`, to the sums of `_sum_over_pairs`."""
     layer = 0
     for s, size in enumerate(features.sizes):
         _fill_tiles(features, s, a, b, m, tiles[layer:layer + size], progress)
@@ -1563,10 +1565,7 @@ def _multiply(x, y, out):
     if x.dtype == torch.bfloat16:
         out.copy_(torch.mm(x, y.T, out_dtype=torch.float32))
     elif x.dtype == out.dtype:
-        piece = 4096 if x.device.type == "cpu" else x.shape[1]  # long rows a power of two apart share a CPU's cache lines
-        torch.mm(x[:, :piece], y[:, :piece].T, out=out)
-        for k in range(piece, x.shape[1], piece):
-            torch.addmm(out, x[:, k:k + piece], y[:, k:k + piece].T, out=out)
+        torch.mm(x, y.T, out=out)
     else:
         out.copy_(x @ y.T)
 

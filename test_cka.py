@@ -783,12 +783,12 @@ def test_data_synthetic():
     again, _ = common.synthetic_images(50, seed=3)
     assert torch.equal(images, again) and not torch.equal(images, common.synthetic_images(50, seed=4)[0])
     data = common.load_data("synthetic", torch.device("cpu"))
-    for images, labels, n in (data[:2] + (4000,), data[2:4] + (1000,)):
+    for images, labels, n in (data[:2] + (4000,), data[2:4] + (500,)):
         assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8
         assert labels.dtype == torch.int64 and labels.unique().tolist() == list(range(10))
     assert len(data.classes) == 10
     seen = [{x.tobytes() for x in part.numpy()} for part in (data.train_images, data.test_images)]
-    assert len(seen[0]) == 4000 and len(seen[1]) == 1000 and not seen[0] & seen[1]
+    assert len(seen[0]) == 4000 and len(seen[1]) == 500 and not seen[0] & seen[1]
     train, test = (part.double().mean((2, 3)) for part in (data.train_images, data.test_images))
     means = torch.stack([train[data.train_labels == label].mean(0) for label in range(10)])
     guess = torch.cdist(test, means).argmin(1)

@@ -21,7 +21,7 @@ PRESETS = {
     "paper": PAPER,
     "cifar": PAPER | dict(micro_batch=1024, image_size=32, stem="cifar", lr=1.0, temperature=0.5, strength=0.5, blur=False),
     "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=64, micro_batch=64, image_size=32, lr=6.0,
-                         warmup_epochs=0.5, temperature=0.5, strength=0.5, blur=False, subset=640, checkpoint_every=1),
+                         warmup_epochs=0.5, temperature=0.5, strength=0.5, blur=False, subset=512, checkpoint_every=1),
 }
 
 
