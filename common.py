@@ -1845,7 +1845,7 @@ def report(study, name, figure, arrays, findings):
     arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
                "samples": len(study.images), "debiased": study.args.debiased, "settings": json.dumps(settings)}
     for ending, write in (("npz", lambda file: np.savez_compressed(file, **arrays)),
-                          ("png", lambda file: figure.savefig(file, dpi=150, format="png"))):
+                          ("png", lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))):
         path = study.out / f"{name}.{ending}"
         temporary = path.with_name(path.name + ".tmp")
         try:
@@ -1863,7 +1863,7 @@ def report(study, name, figure, arrays, findings):
 
 def new_figure(panels, widths=None):
     """A figure and its row of `panels` axes, of the size all figures share."""
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.3), layout="constrained", width_ratios=widths)
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.6), layout="constrained", width_ratios=widths)
     return figure, axes
 
 

@@ -141,7 +141,7 @@ def plot(arrays, debiased):
             depth_lines(ax, arrays[f"{key}_{method}"], COLORS[method], NAMES[method])
         mark_block_groups(ax, head=len(HEAD))
         ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, 18.5), ylim=(0, 1))
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="upper left")
     seeds = {NAMES[m]: len(arrays[f"probe_{m}"]) for m in NAMES}
     figure.suptitle("Mean and standard deviation over seeds: " + ", ".join(f"{k} {v}" for k, v in seeds.items()))
     return figure
