@@ -538,10 +538,10 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True):
     """A torchvision ResNet-50 whose `fc` is the projection head ("simclr") or the classifier ("supervised").
 
     stem "imagenet": 7 x 7 stride 2 and max-pool; "cifar": 3 x 3 stride 1, no pool (SimCLR App. B.9). The weights depend
-    on the seed only; the last gamma of each block is 0 unless `zero_init` is False. In train mode, on the CPU.
+    on method and seed only; the last gamma of each block is 0 unless `zero_init` is False. In train mode, on the CPU.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"weights {seed}".encode(), digest_size=7).digest(), "big"))
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"weights {method} {seed}".encode(), digest_size=7).digest(), "big"))
         model = torchvision.models.resnet50(zero_init_residual=zero_init)
         if stem == "cifar":
             model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

@@ -526,14 +526,15 @@ def test_representations_head_and_stems():
 
 
 def test_model_seed():
-    """Weights are a function of the seed alone, and leave torch's own random state as it was."""
+    """Weights are a function of method and seed alone, and leave torch's own random state as it was."""
     torch.manual_seed(SEED)
     expected = torch.rand(3)
     torch.manual_seed(SEED)
     a = common.build_model("supervised", "imagenet", seed=4).layer1[0].conv1.weight
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(a, common.build_model("simclr", "imagenet", seed=4).layer1[0].conv1.weight)
-    assert not torch.equal(a, common.build_model("supervised", "imagenet", seed=5).layer1[0].conv1.weight)
+    assert torch.equal(a, common.build_model("supervised", "imagenet", seed=4).layer1[0].conv1.weight)
+    for method, seed in (("supervised", 5), ("simclr", 4)):
+        assert not torch.equal(a, common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight)
 
 
 # ======================================================================================================================
