@@ -26,6 +26,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -147,6 +149,7 @@ def writable_folder(folder):
 # ======================================================================================================================
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images in [0, 1]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published ResNet-50s expect
 
 
 class Data(NamedTuple):
@@ -775,23 +778,33 @@ def save_atomically(content, path):
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint of ours; nothing in the file is executed. UserError if it is not one."""
-    advice = "expected a file written by train_simclr.py or train_supervised.py"
+def read_file(path, device, advice):
+    """What torch.save wrote into a file of plain values; nothing in it is executed. UserError if it is not one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what a foreign file is; the error below says it
-            content = torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {advice}") from None
     except Exception as error:  # damaged files fail in many ways, all of them meaning the same
         raise UserError(f"{path}: truncated, damaged or not a plain checkpoint ({str(error).split(chr(10))[0][:100]}); "
                         f"{advice}") from None
-    expected = {"settings": dict, "epoch": int, "step": int, "backbone": dict, "head": dict}
-    known = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in expected.items())
-    if not known or not {"method", "seed", "classes", "mean", "std", *SETTINGS} <= content["settings"].keys():
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint of ours; nothing in the file is executed. UserError if it is not one."""
+    advice = "expected a file written by train_simclr.py or train_supervised.py"
+    content = read_file(path, device, advice)
+    if not is_checkpoint(content):
         raise UserError(f"{path}: is no checkpoint of this study; {advice}")
     return content
+
+
+def is_checkpoint(content):
+    """True for what `Run.save` writes."""
+    expected = {"settings": dict, "epoch": int, "step": int, "backbone": dict, "head": dict}
+    known = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in expected.items())
+    return known and {"method", "seed", "classes", "mean", "std", *SETTINGS} <= content["settings"].keys()
 
 
 def load_weights(model, checkpoint, path, assign=False):
@@ -809,13 +822,75 @@ def load_model(path, device="cpu"):
     `model.settings` is the dict of settings it was trained with, and "epoch" the epochs it has behind it. UserError if
     the file is missing, damaged or does not fit.
     """
-    checkpoint = read_checkpoint(path, device)
+    return model_of(read_checkpoint(path, device), path, device)
+
+
+def model_of(checkpoint, path, device):
+    """`load_model` of what `read_checkpoint` returned."""
     settings = checkpoint["settings"]
     with torch.device("meta"):  # no time spent on initial weights
         model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
     load_weights(model, checkpoint, path, assign=True)
     model.settings = settings | {"epoch": checkpoint["epoch"]}
     return model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+
+
+def load_any_model(path, method, device="cpu", image_size=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """The network in a checkpoint of ours, or in a plain state dict of a torchvision ResNet-50, in eval mode.
+
+    For a state dict, `method` ("simclr" or "supervised") is the one whose augmentations it gets in Figures 3 and 5, its
+    images are resized to `image_size` (default: 224, or 32 for a 3 x 3 stem) and standardised by `mean` and `std`; all
+    of it is in `model.settings`, "left_out" being the names of the file's tensors that are not the backbone's. UserError
+    if the file is neither, or does not fit to the last tensor.
+    """
+    content = read_file(path, device, "expected a checkpoint of this study or a state dict of a torchvision ResNet-50")
+    if is_checkpoint(content):
+        return model_of(content, path, device)
+    weights, left_out = find_backbone(content, path)
+    kernel = tuple(weights["conv1.weight"].shape[2:])
+    if kernel not in ((7, 7), (3, 3)):
+        raise UserError(f"{path}: its conv1 is {kernel}; expected a 7 x 7 (ImageNet) or 3 x 3 (CIFAR-10) stem")
+    stem = "imagenet" if kernel == (7, 7) else "cifar"
+    with torch.device("meta"):
+        model = build_model("supervised", stem)
+    model.fc = nn.Identity()
+    wanted = model.state_dict()
+    counts = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith("num_batches_tracked")}
+    weights = counts | weights  # old files have no counts, and nothing here uses them
+    for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys()),
+                        ("of another shape", {n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape})):
+        if names:
+            raise UserError(f"{path}: does not fit a torchvision ResNet-50; {what}: {some_of(sorted(names))}")
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.settings = {
+        "file": str(path), "left_out": left_out, "method": method, "seed": None, "data": None, "classes": [], "stem": stem,
+        "image_size": image_size or {"imagenet": 224, "cifar": 32}[stem], "standardise": True, "mean": list(mean),
+        "std": list(std), "strength": {"imagenet": 1.0, "cifar": 0.5}[stem], "blur": stem == "imagenet"}
+    return model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+
+
+def find_backbone(content, path):
+    """({torchvision's name: tensor} of a ResNet's backbone, names of the tensors left out) in a loaded file."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    content = content if isinstance(content, dict) else {}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    first = [re.fullmatch(r"((?:module\.|backbone\.|encoder\.|encoder_q\.|model\.)*)conv1\.weight", name) for name in tensors]
+    prefixes = [match[1] for match in first if match]
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} of them, {prefixes}" if prefixes else some_of(sorted(tensors)) or "no tensors"
+        raise UserError(f"{path}: expected the names of one torchvision ResNet-50, conv1.weight and so on, perhaps after "
+                        f"module. backbone. encoder. encoder_q. or model.; found {found}")
+    inside = {name.removeprefix(prefixes[0]): value for name, value in tensors.items() if name.startswith(prefixes[0])}
+    heads = ("fc.", "head.", "heads.", "projector.", "projection_head.", "predictor.", "prototypes.", "classifier.", "linear.")
+    weights = {name: value for name, value in inside.items() if not name.startswith(heads)}
+    return weights, sorted(name for name in tensors if name.removeprefix(prefixes[0]) not in weights)
+
+
+def some_of(names):
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ======================================================================================================================
@@ -1671,11 +1746,19 @@ NAMES, COLORS = {"simclr": "SimCLR", "supervised": "Supervised"}, {"simclr": "ta
 
 
 def figure_parser(doc):
-    """The flags that all figure scripts share; parse with `parse_figure_arguments`."""
+    """The flags that all figure scripts share."""
     parser = Parser(doc)
     add = parser.add_argument
     add("--checkpoints", default="checkpoints/paper", help="folder of *_seed*.pt files (default: checkpoints/paper)")
-    add("--out", help="folder for the .png and .npz (default: figures/<name of the checkpoint folder>)")
+    for method in NAMES:
+        add(f"--{method}", nargs="+", metavar="FILE", help=f"networks in place of the folder's {method} ones: checkpoints of "
+            "this study, or state dicts of any torchvision ResNet-50")
+    add("--image-size", type=number(int, low=8), help="pixels for state dicts (default: 224, or 32 with a 3x3 stem)")
+    add("--mean", type=number(float, low=0), nargs=3, help="of the channels, for state dicts (default: ImageNet's)")
+    add("--std", type=number(float, above=0), nargs=3, help="of the channels, for state dicts (default: ImageNet's)")
+    add("--untrained", action="store_true", help="the same networks before training, in torchvision's standard initialisation")
+    add("--replot", action="store_true", help="draw again from the .npz in --out, without networks")
+    add("--out", help="folder for the .png and .npz (default: figures/<name of the checkpoint folder or of the files>)")
     add("--data", help="as in training (default: what the networks were trained on)")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
     add("--debiased", action="store_true", help="debiased CKA instead of the biased one of Eq. (2)")
@@ -1693,43 +1776,99 @@ class Study(NamedTuple):
     args: object
     device: torch.device
     out: Path
-    networks: dict  # method -> list of models in eval mode, each with its `settings`
+    networks: dict  # method -> list of models in eval mode, each with its `settings` and `name`
+    names: dict  # method -> what labels call it
     data: Data
     images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
     labels: torch.Tensor  # (m,)
 
 
-def open_study(parser, methods, argv=None):
-    """`Study` of the networks of `methods` in --checkpoints, after checking that everything needed is there."""
-    args = parser.parse_args(argv)
-    device, folder = pick_device(args.device), Path(args.checkpoints)
-    networks = {}
+def open_study(args, methods):
+    """`Study` of the networks of `methods`, from files or --checkpoints, after checking that everything needed is there."""
+    device = pick_device(args.device)
+    networks, names = {}, {}
     for method in methods:
-        paths = sorted(folder.glob(f"{method}_seed*.pt"), key=lambda p: (len(p.name), p.name))
-        if not paths:
-            raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
-                            f"`python train_{method}.py --out {folder}`")
-        networks[method] = [load_model(path, device) for path in paths]
-        seeds = [(m.settings["method"], m.settings["seed"]) for m in networks[method]]
-        if len(set(seeds)) < len(seeds) or {m for m, _ in seeds} != {method}:
-            raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks of different "
-                            "seeds; move the others away")
-        for path, model in zip(paths, networks[method]):
-            if model.settings["epoch"] < model.settings["epochs"]:
-                warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
+        files = getattr(args, method)
+        networks[method] = networks_in_files(args, method, device) if files else networks_in_folder(args, method, device)
+        names[method] = ", ".join(dict.fromkeys(map(short_name, files))) if files else NAMES[method]
+        if args.untrained:
+            networks[method] = [untrained(model, method, seed, device) for seed, model in enumerate(networks[method])]
     settings = [model.settings for models in networks.values() for model in models]
+    if (args.image_size or args.mean or args.std) and not any("standardise" in s for s in settings):
+        raise UserError("--image-size, --mean and --std are for state dicts; the checkpoints given know their own; leave them out")
     for name in ("stem", "image_size", "data"):
-        values = sorted({str(s[name]) for s in settings})
+        values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:
             warn(f"networks differ in {name}: {', '.join(values)}")
-    data = load_data(args.data or settings[0]["data"], device)
+    data = load_data(args.data or next((s["data"] for s in settings if s["data"]), "data"), device)
     total = len(data.test_images)
     if args.samples and args.samples > total:
         raise UserError(f"--samples {args.samples}: the test set has {total} images")
     m = args.samples or total
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:m].sort().values.to(device)
-    out = writable_folder(args.out or Path("figures") / (folder.resolve().name or "figures"))
-    return Study(args, device, out, networks, data, data.test_images[chosen], data.test_labels[chosen])
+    out = writable_folder(figure_folder(args))
+    return Study(args, device, out, networks, names, data, data.test_images[chosen], data.test_labels[chosen])
+
+
+def networks_in_folder(args, method, device):
+    """The networks of --checkpoints/<method>_seed*.pt, in the order of their seeds."""
+    folder = Path(args.checkpoints)
+    paths = sorted(folder.glob(f"{method}_seed*.pt"), key=lambda p: (len(p.name), p.name))
+    if not paths:
+        raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
+                        f"`python train_{method}.py --out {folder}`")
+    models = [load_model(path, device) for path in paths]
+    seeds = [(m.settings["method"], m.settings["seed"]) for m in models]
+    if len(set(seeds)) < len(seeds) or {m for m, _ in seeds} != {method}:
+        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks of different "
+                        "seeds; move the others away")
+    for path, model in zip(paths, models):
+        model.name = f"{NAMES[method]} seed {model.settings['seed']}"
+        if model.settings["epoch"] < model.settings["epochs"]:
+            warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
+    return models
+
+
+def networks_in_files(args, method, device):
+    """The networks of the files given by --simclr or --supervised, in their order."""
+    paths = [Path(name) for name in getattr(args, method)]
+    if len({p.resolve() for p in paths}) < len(paths):
+        raise UserError(f"--{method}: each file once")
+    models = []
+    for path in paths:
+        model = load_any_model(path, method, device, args.image_size, args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
+        model.name = path.stem
+        if model.settings.get("left_out"):
+            warn(f"{path}: not of the backbone and left out: {some_of(model.settings['left_out'])}")
+        models.append(model)
+    return models
+
+
+def short_name(path):
+    """The name of a checkpoint file without its ending and seed."""
+    return re.sub(r"[-_.]?seed[-_]?[0-9]+$", "", Path(path).stem) or Path(path).stem
+
+
+def untrained(model, method, seed, device):
+    """`model` as before training, but in the standard initialisation: with a gamma of 0 odd layers would be constant."""
+    fresh = build_model(method, model.settings["stem"], max(1, len(model.settings["classes"])), seed, zero_init=False)
+    if not isinstance(model.fc, ProjectionHead):
+        fresh.fc = nn.Identity()
+    fresh.settings = model.settings | {"seed": seed, "epoch": 0, "untrained": True}
+    fresh.name = f"untrained {model.name}"
+    return fresh.to(device, memory_format=torch.channels_last).eval()
+
+
+def figure_folder(args):
+    """The folder of a figure's files."""
+    given = dict.fromkeys(short_name(name) for name in [*(args.simclr or []), *(args.supervised or [])])
+    name = "-".join(given) or Path(args.checkpoints).resolve().name or "figures"
+    return Path(args.out or Path("figures") / (name + ("-untrained" if args.untrained else "")))
+
+
+def layers_of(models):
+    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
+    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
 
 
 def warn(text):
@@ -1743,6 +1882,7 @@ def prepare(model, images, params=None):
     if s["method"] == "simclr":
         x = (simclr_test(images, s["image_size"]) if params is None else
              simclr_augment(images, s["image_size"], s["strength"], s["blur"], params=params))
+        x = _standardise(x, s["mean"], s["std"]) if s.get("standardise") else x  # ours see [0, 1]
     else:
         standard = s["image_size"], s["mean"], s["std"]
         x = imagenet_test(images, *standard) if params is None else imagenet_augment(images, *standard, params=params)
@@ -1800,8 +1940,8 @@ def measure(study, sources, names):
 
 
 def layer_names(models, layers):
-    """"method seed s layer" for each layer of each model, in the order of their sources."""
-    return [f"{NAMES[m.settings['method']]} seed {m.settings['seed']} {layer}" for m in models for layer in layers]
+    """ "<network> <layer>" for each layer of each model, in the order of their sources."""
+    return [f"{m.name} {layer}" for m in models for layer in layers]
 
 
 def finding(identity, claim, *numbers):
@@ -1834,31 +1974,60 @@ def rank_correlation(values):
         return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
-def report(study, name, figure, arrays, findings):
-    """Writes <out>/<name>.png and .npz (arrays, findings, settings) and prints the findings, one line each."""
+def report(study, name, plot, arrays, findings):
+    """Prints the findings, one line each, and writes <out>/<name>.npz (arrays, findings, settings) and .png, `plot(arrays)`."""
+    lines = [] if study.names.items() <= NAMES.items() else ["in the claims, " + " and ".join(
+        f"{NAMES[method]} is {called}" for method, called in study.names.items())]
     for f in findings:
         numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in dict(f["numbers"]).items())
         count = f["numbers"][0][1].size
-        print(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
+        lines.append(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
+    print("\n".join(lines))
     settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
     arrays = arrays | {f"finding_{f['id']}_{i}": v for f in findings for i, (_, v) in enumerate(f["numbers"])}
+    arrays |= {f"name_{method}": np.array(called) for method, called in study.names.items()}
     arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
-               "samples": len(study.images), "debiased": study.args.debiased, "settings": json.dumps(settings)}
-    for ending, write in (("npz", lambda file: np.savez_compressed(file, **arrays)),
-                          ("png", lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))):
-        path = study.out / f"{name}.{ending}"
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-    plt.close(figure)
+               "findings": np.array(lines), "samples": np.array(len(study.images)),
+               "debiased": np.array(study.args.debiased), "settings": np.array(json.dumps(settings))}
+    write_atomically(study.out / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
+    draw(study.out / f"{name}.png", plot, arrays)
     print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "
           f"{'debiased' if study.args.debiased else 'biased'} CKA)")
+
+
+def replot(args, name, plot):
+    """Writes <out>/<name>.png again from the .npz beside it and prints the findings in it; no network is needed."""
+    path = figure_folder(args) / f"{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = dict(saved)
+        print("\n".join(arrays["findings"]))
+        draw(path.with_suffix(".png"), plot, arrays)
+    except FileNotFoundError:
+        raise UserError(f"--replot: no {path}; give the folder of {name}.npz with --out") from None
+    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise UserError(f"--replot: {path} is damaged or not written by this script ({error}); draw it anew") from None
+    print(f"drew {path.with_suffix('.png')} again ({arrays['samples']} test images)")
+
+
+def draw(path, plot, arrays):
+    """Writes the figure `plot(arrays)` to `path`, a .png."""
+    figure = plot(arrays)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
+    plt.close(figure)
+
+
+def write_atomically(path, write):
+    """`write(file)` into a temporary file that is then renamed to `path`; UserError if it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def new_figure(panels, widths=None):

@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 
 from common import (EVEN, GROUP, LAYERS, NAMES, ODD, add_colorbar, cka_heatmap, figure_parser, finding, layer_names,
-                    measure, network_source, new_figure, open_study, plural, report, user_errors, warn)
+                    measure, network_source, new_figure, open_study, plural, replot, report, user_errors, warn)
 
 
 def compare_seeds(study, models):
@@ -69,38 +69,41 @@ def other_method(study, other):
         return None
 
 
-def plot(pairs, name, seeds, debiased):
-    """The three panels."""
+def plot(arrays):
+    """The three panels, from what the .npz holds."""
     figure, axes = new_figure(3)
-    mean = pairs.mean(0)
-    one = len(seeds) == 1
-    what = f"seed {seeds[0]} with itself" if one else f"mean of {plural(len(pairs), 'pair')} of seeds"
+    pairs, networks = arrays["pairs"], arrays["networks"]
+    mean, name = pairs.mean(0), next(str(arrays[key]) for key in ("name_simclr", "name_supervised") if key in arrays)
+    what = f"{networks[0]} with itself" if len(networks) == 1 else f"mean of {plural(len(pairs), 'pair')}"
     for ax, matrix, layers, per_block in zip(axes, (mean, mean[ODD, ODD], mean[EVEN, EVEN]), ("all", "odd", "even"), (2, 1, 1)):
         image = cka_heatmap(ax, matrix, f"{name}, {layers} layers", f"{name} layer", f"{name} layer", per_block)
-    figure.suptitle(f"CKA between layers of {name} networks: {what}")
-    add_colorbar(figure, image, axes, debiased)
+    figure.suptitle(f"CKA between layers of {arrays['kind']}{name} networks: {what}")
+    add_colorbar(figure, image, axes, arrays["debiased"])
     return figure
 
 
 def main():
     parser = figure_parser(__doc__)
     parser.add_argument("--method", choices=("simclr", "supervised"), default="simclr", help="supervised: Figure 4")
-    method = parser.parse_args().method
-    study = open_study(parser, [method])
-    models, name, number = study.networks[method], NAMES[method], {"simclr": 1, "supervised": 4}[method]
+    args = parser.parse_args()
+    method, number = args.method, {"simclr": 1, "supervised": 4}[args.method]
+    if args.replot:
+        return replot(args, f"fig{number}", plot)
+    study = open_study(args, [method])
+    models = study.networks[method]
     if len(models) == 1:
-        print("only one seed: this compares a network with itself, which the paper avoids; train another seed")
+        print("only one network: this compares it with itself, which the paper avoids; train another seed")
     pairs, dominance = compare_seeds(study, models)
-    claims = findings(number, name, pairs)
+    claims = findings(number, NAMES[method], pairs)
     other = other_method(study, f"fig{5 - number}")
     if other is not None:
         across = {method: structure(pairs)["across"], ("supervised" if number == 1 else "simclr"): structure(other)["across"]}
         common = min(map(len, across.values()))  # pairs of seeds that both methods have
         claims.append(finding("4d", "SimCLR disagrees even more across block groups than supervision", (
             "supervised - SimCLR, across", across["supervised"][:common] - across["simclr"][:common], 1, 0)))
-    seeds = [m.settings["seed"] for m in models]
-    arrays = {"cka": pairs.mean(0), "pairs": pairs, "layers": np.array(LAYERS), "dominance": dominance, "seeds": np.array(seeds)}
-    report(study, f"fig{number}", plot(pairs, name, seeds, study.args.debiased), arrays, claims)
+    arrays = {"cka": pairs.mean(0), "pairs": pairs, "layers": np.array(LAYERS), "dominance": dominance,
+              "networks": np.array([m.name for m in models]), "kind": np.array("untrained " if args.untrained else "")}
+    report(study, f"fig{number}", plot, arrays, claims)
 
 
 if __name__ == "__main__":

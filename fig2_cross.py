@@ -12,7 +12,8 @@ where a block group begins, and the fall in BG4. Writes fig2.*: `odd`, `even` (1
 import numpy as np
 
 from common import (EVEN, GROUP, LAYERS, ODD, add_colorbar, cka_heatmap, depth_lines, figure_parser, finding, layer_names,
-                    mark_block_groups, measure, network_source, new_figure, open_study, plural, report, user_errors)
+                    mark_block_groups, measure, network_source, new_figure, open_study, plural, replot, report,
+                    user_errors)
 
 
 def compare_methods(study):
@@ -46,33 +47,38 @@ def findings(pairs):
                 ("more than over BG3 by", fall[4] - fall[3], 1, 0))]
 
 
-def plot(pairs, debiased):
-    """The three panels."""
+def plot(arrays):
+    """The three panels, from what the .npz holds."""
     figure, axes = new_figure(3)
+    pairs, rows, columns = arrays["pairs"], arrays["name_simclr"], arrays["name_supervised"]
     mean = pairs.mean(0)
     for ax, kind, name in zip(axes, (ODD, EVEN), ("odd", "even")):
-        image = cka_heatmap(ax, mean[kind, kind], f"{name} layers", "Supervised layer", "SimCLR layer")
+        image = cka_heatmap(ax, mean[kind, kind], f"{name} layers", f"{columns} layer", f"{rows} layer")
     axes[1].plot(mean[EVEN, EVEN].argmax(1), np.arange(16), "o", color="white", markeredgecolor="black", markersize=5)
-    add_colorbar(figure, image, axes[:2], debiased)
+    add_colorbar(figure, image, axes[:2], arrays["debiased"])
     even = pairs[:, EVEN, EVEN]
     depth_lines(axes[2], even.diagonal(axis1=1, axis2=2), "tab:green", "diag")
     most_similar = mean[EVEN, EVEN].argmax(1)  # the dots; their mean over pairs is the stored `max`
     depth_lines(axes[2], even[:, np.arange(16), most_similar], "tab:red", "max", marker="s")
     mark_block_groups(axes[2])
-    axes[2].set(title="SimCLR even layers", xlabel="SimCLR layer", ylabel="CKA with supervised layer", ylim=(0, 1))
+    axes[2].set(title=f"{rows} even layers", xlabel=f"{rows} layer", ylabel=f"CKA with {columns} layer", ylim=(0, 1))
     axes[2].legend(loc="lower left")
-    figure.suptitle(f"CKA between SimCLR and supervised layers: mean of {plural(len(pairs), 'pair')} of networks")
+    figure.suptitle(f"CKA between {rows} and {columns} layers: mean of {plural(len(pairs), 'pair')} of {arrays['kind']}networks")
     return figure
 
 
 def main():
-    study = open_study(figure_parser(__doc__), ["simclr", "supervised"])
+    args = figure_parser(__doc__).parse_args()
+    if args.replot:
+        return replot(args, "fig2", plot)
+    study = open_study(args, ["simclr", "supervised"])
     pairs, dominance_simclr, dominance_supervised = compare_methods(study)
     even = pairs.mean(0)[EVEN, EVEN]
     arrays = {"odd": pairs.mean(0)[ODD, ODD], "even": even, "diag": even.diagonal(), "max": even.max(1),
               "argmax": even.argmax(1), "pairs": pairs, "layers": np.array(LAYERS),
-              "dominance_simclr": dominance_simclr, "dominance_supervised": dominance_supervised}
-    report(study, "fig2", plot(pairs, study.args.debiased), arrays, findings(pairs))
+              "dominance_simclr": dominance_simclr, "dominance_supervised": dominance_supervised,
+              "kind": np.array("untrained " if args.untrained else "")}
+    report(study, "fig2", plot, arrays, findings(pairs))
 
 
 if __name__ == "__main__":

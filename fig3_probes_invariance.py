@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (COLORS, EVEN, HEAD, LAYERS, NAMES, depth_lines, figure_parser, finding, generator_for, layer_names,
+from common import (COLORS, NAMES, UserError, depth_lines, figure_parser, finding, generator_for, layer_names, layers_of,
                     mark_block_groups, measure, network_source, new_figure, number, open_study, prepare, rank_correlation,
-                    report, representations, user_errors, UserError)
+                    replot, report, representations, user_errors)
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
 
 
-def shown_layers(model):
-    """Indices among the network's representations of the even layers and the head's, and their names."""
-    found = LAYERS + (HEAD if model.settings["method"] == "simclr" else [])
+def shown_layers(models):
+    """Indices among the networks' representations of the even layers and the head's, and their names."""
+    found = layers_of(models)
     indices = [i for i, name in enumerate(found) if not name.endswith("odd")]
     return indices, [found[i] for i in indices]
 
@@ -45,10 +45,9 @@ class Probe(nn.Module):
         return self.linear(self.standardise(x) / x.shape[1] ** 0.5)
 
 
-def probe_accuracies(study, model):
+def probe_accuracies(study, model, layers):
     """(layers,) test accuracies of linear probes, all trained together: one pass of the frozen network per batch."""
     args, device, data = study.args, study.device, study.data
-    layers, _ = shown_layers(model)
     total = len(data.train_images)
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
     batch = min(PROBE_BATCH, len(chosen))
@@ -80,9 +79,8 @@ def probe_accuracies(study, model):
     return right.cpu().numpy() / len(study.images)
 
 
-def cka_profiles(study, model):
+def cka_profiles(study, model, layers, names):
     """(layers,) each: CKA between two augmented copies, CKA with the classes, dominance on the plain images. One pass."""
-    layers, names = shown_layers(model)
     one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
     sources = [network_source(model, study.images, view, layers) for view in (0, 1, None)]
     labels = [f"{name}{copy}" for copy in (", first copy", ", second copy", "") for name in layer_names([model], names)]
@@ -108,7 +106,9 @@ def findings(a):
         return [number for name, v in backbone.items() for number in (
             (f"{name} falls", falls(v, tolerance), -1, 0.5), (f"{name} rank correlation", rank_correlation(v), 1, 0.9))]
 
-    return [
+    has_head = simclr.shape[1] > 16  # networks from other projects come without
+    head = [("head.3 - supervised even 16", simclr[:seeds, 18] - supervised[:seeds, 15], 1, 0)] if has_head else []
+    found = [
         finding("3a", "linear separability rises monotonically", *rises({m: a[f"probe_{m}"] for m in NAMES}, 0.005)),
         finding("3b", "SimCLR grows more invariant with depth, most in the last layers",
                 ("rank correlation", rank_correlation(simclr), 1, 0),
@@ -119,31 +119,33 @@ def findings(a):
                 ("even 1 - even 13", supervised[:, 0] - supervised[:, 12], 1, 0),
                 ("even 16 - even 13", supervised[:, 15] - supervised[:, 12], 1, 0)),
         finding("3e", "SimCLR is the more invariant one at the end",
-                ("even 16, SimCLR - supervised", simclr[:seeds, 15] - supervised[:seeds, 15], 1, 0),
-                ("head.3 - supervised even 16", simclr[:seeds, 18] - supervised[:seeds, 15], 1, 0)),
+                ("even 16, SimCLR - supervised", simclr[:seeds, 15] - supervised[:seeds, 15], 1, 0), *head),
         finding("3f", "CKA with the classes rises monotonically", *rises(classes, 0.01)),
         finding("3g", "supervision accelerates towards the classes in BG4",
-                ("gain even 13 to 16, supervised - SimCLR", gain["supervised"] - gain["simclr"], 1, 0)),
-        finding("3h", "class CKA decreases after the head's first layer",
-                ("head.1 - head.2", classes["simclr"][:, 16] - classes["simclr"][:, 17], 1, 0),
-                ("head.1 - head.3", classes["simclr"][:, 16] - classes["simclr"][:, 18], 1, 0))]
+                ("gain even 13 to 16, supervised - SimCLR", gain["supervised"] - gain["simclr"], 1, 0))]
+    if has_head:
+        found.append(finding("3h", "class CKA decreases after the head's first layer",
+                             ("head.1 - head.2", classes["simclr"][:, 16] - classes["simclr"][:, 17], 1, 0),
+                             ("head.1 - head.3", classes["simclr"][:, 16] - classes["simclr"][:, 18], 1, 0)))
+    return found
 
 
-def plot(arrays, debiased):
-    """The three panels."""
+def plot(arrays):
+    """The three panels, from what the .npz holds."""
     figure, axes = new_figure(3)
-    estimator = "debiased CKA" if debiased else "CKA"
+    estimator = "debiased CKA" if arrays["debiased"] else "CKA"
     panels = (("probe", "Linear probes", "test accuracy"),
               ("invariance", "Augmentation invariance", f"{estimator} between augmented copies"),
               ("class_cka", "Alignment with the classes", f"{estimator} with the classes"))
+    width = max(arrays[f"probe_{method}"].shape[1] for method in NAMES)
     for ax, (key, title, label) in zip(axes, panels):
-        for method in ("simclr", "supervised"):
-            depth_lines(ax, arrays[f"{key}_{method}"], COLORS[method], NAMES[method])
-        mark_block_groups(ax, head=len(HEAD))
-        ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, 18.5), ylim=(0, 1))
+        for method in NAMES:
+            depth_lines(ax, arrays[f"{key}_{method}"], COLORS[method], str(arrays[f"name_{method}"]))
+        mark_block_groups(ax, head=width - 16)
+        ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5), ylim=(0, 1))
     axes[0].legend(loc="upper left")
-    seeds = {NAMES[m]: len(arrays[f"probe_{m}"]) for m in NAMES}
-    figure.suptitle("Mean and standard deviation over seeds: " + ", ".join(f"{k} {v}" for k, v in seeds.items()))
+    seeds = ", ".join(f"{arrays[f'name_{m}']} {len(arrays[f'probe_{m}'])}" for m in NAMES)
+    figure.suptitle(f"Mean and standard deviation over {arrays['kind']}networks: {seeds}")
     return figure
 
 
@@ -151,17 +153,21 @@ def main():
     parser = figure_parser(__doc__)
     parser.add_argument("--probe-epochs", type=number(int, low=1), default=10, help="passes of the probes (default: 10)")
     parser.add_argument("--probe-images", type=number(int, low=2), help="training images for the probes (default: all)")
-    study = open_study(parser, ["simclr", "supervised"])
-    if (study.args.probe_images or 0) > len(study.data.train_images):
-        raise UserError(f"--probe-images {study.args.probe_images}: the training set has {len(study.data.train_images)} images")
-    arrays = {}
+    args = parser.parse_args()
+    if args.replot:
+        return replot(args, "fig3", plot)
+    study = open_study(args, ["simclr", "supervised"])
+    if (args.probe_images or 0) > len(study.data.train_images):
+        raise UserError(f"--probe-images {args.probe_images}: the training set has {len(study.data.train_images)} images")
+    arrays = {"kind": np.array("untrained " if args.untrained else "")}
     for method, models in study.networks.items():
-        profiles = [cka_profiles(study, model) for model in models]
+        layers, names = shown_layers(models)
+        profiles = [cka_profiles(study, model, layers, names) for model in models]
         for key, rows in zip(("invariance", "class_cka", "dominance"), zip(*profiles)):
             arrays[f"{key}_{method}"] = np.stack(rows)
-        arrays[f"probe_{method}"] = np.stack([probe_accuracies(study, model) for model in models])
-        arrays[f"layers_{method}"] = np.array(shown_layers(models[0])[1])
-    report(study, "fig3", plot(arrays, study.args.debiased), arrays, findings(arrays))
+        arrays[f"probe_{method}"] = np.stack([probe_accuracies(study, model, layers) for model in models])
+        arrays[f"layers_{method}"] = np.array(names)
+    report(study, "fig3", plot, arrays, findings(arrays))
 
 
 if __name__ == "__main__":

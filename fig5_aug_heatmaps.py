@@ -10,50 +10,60 @@ SimCLR's appearing only in the last layers and the head. Writes fig5.*: `supervi
 
 import numpy as np
 
-from common import (HEAD, LAYERS, NAMES, add_colorbar, cka_heatmap, figure_parser, finding, layer_names, measure,
-                    network_source, new_figure, open_study, rank_correlation, report, user_errors)
+from common import (NAMES, add_colorbar, cka_heatmap, figure_parser, finding, layer_names, layers_of, measure,
+                    network_source, new_figure, open_study, rank_correlation, replot, report, user_errors)
+
+METHODS = ["supervised", "simclr"]  # left and right panel
 
 
 def copies_cka(study, model, layers):
     """(L, L) CKA, rows the first copy's layers, columns the second's; dominance (L,), the larger of the two copies'."""
     names = [f"{name}, copy {copy}" for copy in (1, 2) for name in layer_names([model], layers)]
-    cka, dominance = measure(study, [network_source(model, study.images, view) for view in (0, 1)], names)
     n = len(layers)
+    cka, dominance = measure(study, [network_source(model, study.images, view, slice(0, n)) for view in (0, 1)], names)
     return cka[:n, n:], dominance.reshape(2, n).max(0)
 
 
 def findings(arrays):
     """Claims 5a-5c, each quantity per network."""
     diagonals = {m: arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in NAMES}
-    head, simclr = diagonals["simclr"][:, 32:].mean(1), diagonals["simclr"]
-    return [
+    simclr = diagonals["simclr"]
+    found = [
         finding("5a", "supervised invariance fades gradually from the first layers",
                 ("rank correlation with depth, BG1-3", rank_correlation(diagonals["supervised"][:, :26]), -1, 0)),
-        finding("5b", "SimCLR's head learns substantial but not total invariance",
-                ("head", head, 1, 0.5), ("head", head, -1, 0.95)),
         finding("5c", "robustness is limited up to the last few layers",
                 ("BG4 and head - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 1, 0))]
+    if simclr.shape[1] > 32:  # networks from other projects come without a head
+        head = simclr[:, 32:].mean(1)
+        found.insert(1, finding("5b", "SimCLR's head learns substantial but not total invariance",
+                                ("head", head, 1, 0.5), ("head", head, -1, 0.95)))
+    return found
 
 
-def plot(arrays, debiased):
-    """The two panels."""
-    figure, axes = new_figure(2, widths=(32, 35))
-    for ax, method, head in zip(axes, ("supervised", "simclr"), (0, 3)):
-        image = cka_heatmap(ax, arrays[method], f"{NAMES[method]} (mean of {len(arrays[f'networks_{method}'])})",
-                            "layer, second copy", "layer, first copy", per_block=2, head=head)
-    add_colorbar(figure, image, axes, debiased)
+def plot(arrays):
+    """The two panels, from what the .npz holds."""
+    figure, axes = new_figure(2, widths=[arrays[method].shape[0] for method in METHODS])
+    for ax, method in zip(axes, METHODS):
+        title = f"{arrays['kind']}{arrays[f'name_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
+        image = cka_heatmap(ax, arrays[method], title, "layer, second copy", "layer, first copy", per_block=2,
+                            head=arrays[method].shape[0] - 32)
+    add_colorbar(figure, image, axes, arrays["debiased"])
     figure.suptitle("CKA between two augmented copies of the test set")
     return figure
 
 
 def main():
-    study = open_study(figure_parser(__doc__), ["supervised", "simclr"])
-    arrays = {}
-    for method, layers in (("supervised", LAYERS), ("simclr", LAYERS + HEAD)):
-        matrices, dominance = zip(*[copies_cka(study, model, layers) for model in study.networks[method]])
+    args = figure_parser(__doc__).parse_args()
+    if args.replot:
+        return replot(args, "fig5", plot)
+    study = open_study(args, METHODS)
+    arrays = {"kind": np.array("untrained " if args.untrained else "")}
+    for method, models in study.networks.items():
+        layers = layers_of(models)
+        matrices, dominance = zip(*[copies_cka(study, model, layers) for model in models])
         arrays |= {f"networks_{method}": np.stack(matrices), method: np.mean(matrices, 0),
                    f"dominance_{method}": np.stack(dominance), f"layers_{method}": np.array(layers)}
-    report(study, "fig5", plot(arrays, study.args.debiased), arrays, findings(arrays))
+    report(study, "fig5", plot, arrays, findings(arrays))
 
 
 if __name__ == "__main__":

@@ -1167,6 +1167,48 @@ def test_checkpoint_bad_files():
         assert not marker.exists(), "a file was executed"
 
 
+def test_checkpoint_other_projects():
+    """State dicts in every recognised layout load as they are; anything that does not fit is refused by name."""
+    names = [(n, t) for n, t in torchvision.models.resnet50().state_dict().items() if not n.startswith("fc.")]
+    saved = {name: torch.full((), i, dtype=t.dtype).expand(t.shape) for i, (name, t) in enumerate(names)}  # small files
+    counts = [name for name in saved if name.endswith("num_batches_tracked")]
+    small = {name: value for name, value in saved.items() if name not in counts}  # as old files are
+
+    def under(prefix, **more):
+        return {prefix + name: value for name, value in saved.items()} | more
+
+    fc, queue = {"fc.weight": torch.ones(10, 2048)}, {"queue": torch.ones(3)}
+    layouts = {"plain": (under("") | fc, ["fc.weight"]), "old": (small, []),
+               "module": ({"state_dict": under("module."), "epoch": 3}, []), "model": ({"model": under("backbone.")}, []),
+               "moco": ({"state_dict": under("module.encoder_q.") | {"module.encoder_k.conv1.weight": torch.ones(1)} | queue},
+                        ["module.encoder_k.conv1.weight", "queue"]),
+               "encoder": (under("encoder.") | {"head.0.weight": torch.ones(2)}, ["head.0.weight"]),
+               "deep": ({"state_dict": {"model": under("model.")}}, []),
+               "projector": (under("") | {"projector.0.weight": torch.ones(2)}, ["projector.0.weight"])}
+    first = "conv1.weight"
+    refused = {"missing": ({n: v for n, v in saved.items() if n != "layer3.2.bn1.bias"}, "layer3.2.bn1.bias"),
+               "unexpected": (under("", **{"layer5.0.conv1.weight": torch.ones(1)}), "layer5.0.conv1.weight"),
+               "shape": (under("") | {"layer1.0.conv2.weight": torch.ones(3)}, "layer1.0.conv2.weight"),
+               "two": (under("backbone.") | under("encoder."), "encoder."), "stem": (under("") | {first: torch.ones(64, 3, 5, 5)}, "5"),
+               "nothing": ({"weights": torch.ones(3)}, "conv1.weight"), "list": ([torch.ones(3)], "conv1.weight"),
+               "small": (torchvision.models.resnet18().state_dict(), "layer1.0.conv3.weight")}
+    with temporary_folder() as folder:
+        path = folder / "net.pt"
+        for name, (content, left_out) in layouts.items():
+            torch.save(content, path)
+            model = common.load_any_model(path, "simclr", image_size=16)
+            assert model.settings["left_out"] == left_out and model.settings["stem"] == "imagenet" and not model.training, name
+            assert all(torch.equal(value, saved[n]) for n, value in model.state_dict().items() if n not in counts), name
+        for name, (content, word) in refused.items():
+            torch.save(content, path)
+            with raises(common.UserError, str(path), word):
+                common.load_any_model(path, "simclr")
+        torch.save(common.build_model("simclr", "cifar").state_dict(), path)
+        settings = common.load_any_model(path, "supervised").settings
+        assert (settings["stem"], settings["image_size"]) == ("cifar", 32)
+        assert len(settings["left_out"]) == 18 and all(name.startswith("fc.layers.") for name in settings["left_out"])
+
+
 def test_save_atomically():
     """A save that fails, while pickling or at the disk, leaves the old file and no temporary one."""
     with temporary_folder() as folder:
@@ -1439,6 +1481,57 @@ def test_figures_one_seed():
             assert_close(saved["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
         assert_refused("fig1_internal.py", *flags, "--samples", 25, words=["--samples", "24"])
         assert_refused("fig1_internal.py", *flags, "--batch-size", 0, words=["--batch-size"])
+
+
+def test_figures_of_files():
+    """Networks named one by one: a state dict counts as the checkpoint it is from; labels, --replot, refusals."""
+    ours = [tiny_checkpoints() / f"supervised_seed{seed}.pt" for seed in (0, 1)]
+    with temporary_folder() as folder:
+        out, theirs = folder / "out", [folder / "moco_seed0.pt", folder / "moco_seed1.pt"]
+        for path, seed in zip(theirs, (0, 1)):
+            backbone = torch.load(tiny_checkpoints() / f"simclr_seed{seed}.pt", weights_only=True)["backbone"]
+            torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in backbone.items()}}, path)
+        same = ["--image-size", 16, "--mean", 0, 0, 0, "--std", 1, 1, 1]  # as the checkpoints were trained
+        flags = ["--supervised", *ours, "--data", tiny_data(), "--out", out, "--device", "cpu", "--precision", "float32"]
+        for script, name in (("fig2_cross.py", "fig2"), ("fig3_probes_invariance.py", "fig3"), ("fig5_aug_heatmaps.py", "fig5")):
+            more = ["--probe-epochs", 2] if name == "fig3" else []
+            code, text, err = run_script(script, "--simclr", *theirs, *same, *flags, *more)
+            assert code == 0 and "SimCLR is moco" in text, f"{name}: {text[-300:]} {err[-300:]}"
+        saved = {name: dict(np.load(out / f"{name}.npz", allow_pickle=False)) for name in ("fig2", "fig3", "fig5")}
+        assert_close(saved["fig2"]["pairs"], tiny_figures()["fig2"]["pairs"], 1e-6, "Figure 2")
+        assert saved["fig2"]["name_simclr"] == "moco" and "module.encoder_q" not in str(saved["fig2"]["settings"])
+        for key in ("probe", "class_cka"):  # invariance: --simclr networks of an ImageNet stem get the full distortion
+            assert_close(saved["fig3"][f"{key}_simclr"], tiny_figures()["fig3"][f"{key}_simclr"][:, :16], 1e-6, key)
+        assert saved["fig5"]["simclr"].shape == (32, 32) and "5b" not in saved["fig5"]["finding_ids"]
+        assert_close(saved["fig5"]["supervised"], tiny_figures()["fig5"]["supervised"], 1e-6, "Figure 5")
+
+        for script, name in (("fig2_cross.py", "fig2"), ("fig3_probes_invariance.py", "fig3"), ("fig5_aug_heatmaps.py", "fig5")):
+            picture = (out / f"{name}.png").read_bytes()
+            (out / f"{name}.png").unlink()
+            with mock.patch.object(common, "build_model", side_effect=AssertionError("a network was made")):
+                code, text, _ = run_script(script, "--replot", "--out", out)
+            assert code == 0 and f"{name[3]}a" in text and (out / f"{name}.png").read_bytes() == picture, name
+        (out / "fig2.npz").write_bytes(b"PK")
+        assert_refused("fig2_cross.py", "--replot", "--out", out, words=["fig2.npz", "damaged"])
+        assert_refused("fig1_internal.py", "--replot", "--out", out, words=["fig1.npz", "--out"])
+        assert_refused("fig2_cross.py", "--simclr", ours[0], ours[0], *flags, words=["--simclr", "once"])
+        assert_refused("fig2_cross.py", "--simclr", ours[0], *flags, "--image-size", 16, words=["--image-size"])
+        assert_refused("fig2_cross.py", "--simclr", folder / "none.pt", *flags, words=["none.pt"])
+
+
+def test_figures_untrained():
+    """--untrained: networks of other weights than the checkpoints', the same at every call, none of their layers constant."""
+    flags = ["--checkpoints", tiny_checkpoints(), "--samples", 24, "--device", "cpu", "--untrained"]
+    with temporary_folder() as folder:
+        found = []
+        for out in ("a", "b"):
+            code, text, err = run_script("fig1_internal.py", *flags, "--out", folder / out)
+            assert code == 0 and "constant" not in err, f"{text[-300:]} {err[-300:]}"
+            with np.load(folder / out / "fig1.npz", allow_pickle=False) as saved:
+                found.append(saved["pairs"])
+                assert "untrained" in str(saved["kind"]) and '"epoch": 0' in str(saved["settings"])
+        assert np.isfinite(found[0]).all() and (found[0] == found[1]).all()
+        assert abs(found[0] - tiny_figures()["fig1"]["pairs"]).max() > 0.01
 
 
 def test_findings():
