@@ -857,8 +857,9 @@ def load_any_model(path, method, device="cpu", image_size=None, mean=IMAGENET_ME
     wanted = model.state_dict()
     counts = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith("num_batches_tracked")}
     weights = counts | weights  # old files have no counts, and nothing here uses them
+    other_shape = {name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape}
     for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys()),
-                        ("of another shape", {n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape})):
+                        ("of another shape", other_shape)):
         if names:
             raise UserError(f"{path}: does not fit a torchvision ResNet-50; {what}: {some_of(sorted(names))}")
     model.load_state_dict(weights, strict=True, assign=True)
@@ -1236,7 +1237,8 @@ class Run:
         rest = (self.total - self.step) * self.batch / record["images_per_second"] / 60
         test = f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else ""
         print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {record['loss']:.4f}  "
-               f"accuracy {record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  {record['images_per_second']:.0f} images/s  {rest:.0f} min left")
+               f"accuracy {record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  "
+               f"{record['images_per_second']:.0f} images/s  {rest:.0f} min left")
         self.sums.zero_()
         self.spent = 0.0
 
@@ -1795,7 +1797,7 @@ def open_study(args, methods):
             networks[method] = [untrained(model, method, seed, device) for seed, model in enumerate(networks[method])]
     settings = [model.settings for models in networks.values() for model in models]
     if (args.image_size or args.mean or args.std) and not any("standardise" in s for s in settings):
-        raise UserError("--image-size, --mean and --std are for state dicts; the checkpoints given know their own; leave them out")
+        raise UserError("--image-size, --mean and --std are for state dicts; checkpoints of this study know theirs; leave them out")
     for name in ("stem", "image_size", "data"):
         values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:

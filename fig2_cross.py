@@ -63,7 +63,8 @@ def plot(arrays):
     mark_block_groups(axes[2])
     axes[2].set(title=f"{rows} even layers", xlabel=f"{rows} layer", ylabel=f"CKA with {columns} layer", ylim=(0, 1))
     axes[2].legend(loc="lower left")
-    figure.suptitle(f"CKA between {rows} and {columns} layers: mean of {plural(len(pairs), 'pair')} of {arrays['kind']}networks")
+    count = f"mean of {plural(len(pairs), 'pair')} of {arrays['kind']}networks"
+    figure.suptitle(f"CKA between {rows} and {columns} layers: {count}")
     return figure
 
 
