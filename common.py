@@ -858,10 +858,11 @@ def load_any_model(path, method, device="cpu", image_size=None, mean=IMAGENET_ME
     counts = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith("num_batches_tracked")}
     weights = counts | weights  # old files have no counts, and nothing here uses them
     other_shape = {name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape}
-    for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys()),
-                        ("of another shape", other_shape)):
-        if names:
-            raise UserError(f"{path}: does not fit a torchvision ResNet-50; {what}: {some_of(sorted(names))}")
+    faults = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys(),
+              "of another shape": other_shape}
+    if any(faults.values()):
+        what = "; ".join(f"{fault}: {some_of(sorted(names))}" for fault, names in faults.items() if names)
+        raise UserError(f"{path}: does not fit a torchvision ResNet-50; {what}")
     model.load_state_dict(weights, strict=True, assign=True)
     model.settings = {
         "file": str(path), "left_out": left_out, "method": method, "seed": None, "data": None, "classes": [], "stem": stem,
