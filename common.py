@@ -1918,7 +1918,9 @@ def network_source(model, images, view=None, layers=slice(None)):
 
 
 def measure(study, sources, names):
-    """(CKA (L, L) as the flags ask for, dominance (L,)) as numpy arrays; says which layers rest on few images.
+    """(CKA (2, L, L), dominance (L,)) as numpy arrays; says which layers rest on few images.
+
+    The first CKA is the one that the flags ask for, the second that of the other estimator, biased or debiased.
 
     `names`: one per layer of all sources, for the warnings.
     """
@@ -1939,7 +1941,8 @@ def measure(study, sources, names):
     dominance = found.dominance.numpy()
     for layer in np.flatnonzero(dominance > 0.5):
         warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K); its CKA rests on them")
-    return (found.debiased_cka if args.debiased else found.cka).numpy(), dominance
+    both = torch.stack([found.cka, found.debiased_cka]).numpy()
+    return both[::-1] if args.debiased else both, dominance
 
 
 def layer_names(models, layers):
@@ -1977,17 +1980,24 @@ def rank_correlation(values):
         return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
-def report(study, name, plot, arrays, findings):
-    """Prints the findings, one line each, and writes <out>/<name>.npz (arrays, findings, settings) and .png, `plot(arrays)`."""
+def report(study, name, plot, arrays, findings, others):
+    """Prints the findings, one line each, and writes <out>/<name>.npz (arrays, findings, settings) and .png, `plot(arrays)`.
+
+    `others`: the same findings by the other estimator; a line says whether they change.
+    """
     lines = [] if study.names.items() <= NAMES.items() else ["in the claims, " + " and ".join(
         f"{NAMES[method]} is {called}" for method, called in study.names.items())]
     for f in findings:
         numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in dict(f["numbers"]).items())
         count = f["numbers"][0][1].size
         lines.append(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
+    changed = [f"{o['id']} {o['verdict']}" for f, o in zip(findings, others) if f["verdict"] != o["verdict"]]
+    lines.append(f"by {'biased' if study.args.debiased else 'debiased'} CKA: {', '.join(changed) or 'the same verdicts'}")
     print("\n".join(lines))
     settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
-    arrays = arrays | {f"finding_{f['id']}_{i}": v for f in findings for i, (_, v) in enumerate(f["numbers"])}
+    for kind, some in (("finding", findings), ("other", others)):
+        arrays = arrays | {f"{kind}_{f['id']}_{i}": v for f in some for i, (_, v) in enumerate(f["numbers"])}
+    arrays |= {"other_verdicts": np.array([f["verdict"] for f in others])}
     arrays |= {f"name_{method}": np.array(called) for method, called in study.names.items()}
     arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
                "findings": np.array(lines), "samples": np.array(len(study.images)),

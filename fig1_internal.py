@@ -5,7 +5,8 @@
 
 Panels: all 32 layers, the 16 odd (residual), the 16 even (post-residual); mean over all pairs of seeds. Look for: even
 layers similar along a broad diagonal, odd ones to little but themselves, blocks within block groups. Writes fig1.* or
-fig4.*: `cka` (32, 32), `layers`, `pairs` (P, 32, 32), `dominance` (S, 32) and the findings 1a-1c or 4a-4d.
+fig4.*: `cka` (32, 32), `layers`, `pairs` (P, 32, 32), `dominance` (S, 32) and the findings 1a-1c or 4a-4d; `pairs_other` are
+those of the other estimator, debiased or biased.
 """
 
 import itertools
@@ -15,15 +16,20 @@ import numpy as np
 from common import (EVEN, GROUP, LAYERS, NAMES, ODD, add_colorbar, cka_heatmap, figure_parser, finding, layer_names,
                     measure, network_source, new_figure, open_study, plural, replot, report, user_errors, warn)
 
+NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
+
 
 def compare_seeds(study, models):
-    """pairs (P, 32, 32): rows the layers of one seed, columns of another; and dominance (S, 32). One seed: itself."""
+    """pairs (2, P, 32, 32): rows the layers of one seed, columns of another, by both estimators; and dominance (S, 32).
+
+    One seed: with itself.
+    """
     cka, dominance = measure(study, [network_source(m, study.images, layers=slice(0, 32)) for m in models],
                              layer_names(models, LAYERS))
     count = len(models)
-    blocks = cka.reshape(count, 32, count, 32).swapaxes(1, 2)  # (S, S, 32, 32)
+    blocks = cka.reshape(2, count, 32, count, 32).swapaxes(2, 3)  # (2, S, S, 32, 32)
     pairs = list(itertools.combinations(range(count), 2)) or [(0, 0)]
-    return np.stack([blocks[i, j] for i, j in pairs]), dominance.reshape(count, 32)
+    return np.stack([blocks[:, i, j] for i, j in pairs], 1), dominance.reshape(count, 32)
 
 
 def mean_over(matrices, mask):
@@ -44,29 +50,37 @@ def structure(pairs):
             "b_even": contrast["odd"] - contrast["even"], "c": mean_over(pairs, same & ~own) - across, "across": across}
 
 
-def findings(number, name, pairs):
-    """Claims 1a-1c (or 4a-4c)."""
-    s = structure(pairs)
-    return [finding(f"{number}a", f"{name}: neighbouring even layers are similar, odd ones are not",
+def findings(method, pairs, rival=None):
+    """Claims 1a-1c (or 4a-4c); with the `pairs` of the other method, `rival`, also 4d."""
+    s, name, number = structure(pairs), NAMES[method], NUMBERS[method]
+    found = [finding(f"{number}a", f"{name}: neighbouring even layers are similar, odd ones are not",
                     ("even - odd", s["a"], 1, 0)),
             finding(f"{number}b", f"{name}: odd layers are similar largely only to themselves",
                     ("diagonal - rest, odd", s["b"], 1, 0), ("more than even by", s["b_even"], 1, 0)),
             finding(f"{number}c", f"{name}: similarity is higher within block groups than across",
                     ("within - across", s["c"], 1, 0))]
+    if rival is not None:
+        count = min(len(pairs), len(rival))  # pairs of seeds that both methods have
+        across = {method: s["across"][:count]}
+        across = {m: across.get(m, structure(rival)["across"][:count]) for m in NAMES}
+        found.append(finding("4d", "SimCLR disagrees even more across block groups than supervision",
+                             ("supervised - SimCLR, across", across["supervised"] - across["simclr"], 1, 0)))
+    return found
 
 
-def other_method(study, other):
-    """`pairs` of the other method's figure in the same folder, for claim 4d; None if it is not there or not comparable."""
-    path = study.out / f"{other}.npz"
+def other_method(study, method):
+    """(2, P, 32, 32) of the other method's figure in the same folder, for claim 4d; Nones if not there or not comparable."""
+    path = study.out / f"fig{sum(NUMBERS.values()) - NUMBERS[method]}.npz"
     if not path.exists():
-        return None
+        return None, None
     try:
         with np.load(path, allow_pickle=False) as saved:
             same = int(saved["samples"]) == len(study.images) and bool(saved["debiased"]) == study.args.debiased
-            return saved["pairs"] if same and saved["pairs"].shape[1:] == (32, 32) else None
+            both = np.stack([saved["pairs"], saved["pairs_other"]])
+            return both if same and both.shape[2:] == (32, 32) else (None, None)
     except Exception as error:  # a damaged file must not cost this figure
         warn(f"{path}: not readable ({error}); claim 4d is left out")
-        return None
+        return None, None
 
 
 def plot(arrays):
@@ -86,24 +100,19 @@ def main():
     parser = figure_parser(__doc__)
     parser.add_argument("--method", choices=("simclr", "supervised"), default="simclr", help="supervised: Figure 4")
     args = parser.parse_args()
-    method, number = args.method, {"simclr": 1, "supervised": 4}[args.method]
+    method, name = args.method, f"fig{NUMBERS[args.method]}"
     if args.replot:
-        return replot(args, f"fig{number}", plot)
+        return replot(args, name, plot)
     study = open_study(args, [method])
     models = study.networks[method]
     if len(models) == 1:
         print("only one network: this compares it with itself, which the paper avoids; train another seed")
-    pairs, dominance = compare_seeds(study, models)
-    claims = findings(number, NAMES[method], pairs)
-    other = other_method(study, f"fig{5 - number}")
-    if other is not None:
-        across = {method: structure(pairs)["across"], ("supervised" if number == 1 else "simclr"): structure(other)["across"]}
-        common = min(map(len, across.values()))  # pairs of seeds that both methods have
-        claims.append(finding("4d", "SimCLR disagrees even more across block groups than supervision", (
-            "supervised - SimCLR, across", across["supervised"][:common] - across["simclr"][:common], 1, 0)))
-    arrays = {"cka": pairs.mean(0), "pairs": pairs, "layers": np.array(LAYERS), "dominance": dominance,
+    both, dominance = compare_seeds(study, models)
+    pairs, other = both
+    claims, others = (findings(method, p, rival) for p, rival in zip(both, other_method(study, method)))
+    arrays = {"cka": pairs.mean(0), "pairs": pairs, "pairs_other": other, "layers": np.array(LAYERS), "dominance": dominance,
               "networks": np.array([m.name for m in models]), "kind": np.array("untrained " if args.untrained else "")}
-    report(study, f"fig{number}", plot, arrays, claims)
+    report(study, name, plot, arrays, claims, others)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Left, middle: odd and even layers, rows SimCLR, columns supervised; a white dot 
 each SimCLR even layer. Right: that similarity (max) and the one to the corresponding layer (diag). Means over all pairs
 of a SimCLR and a supervised network. Look for: a bright even diagonal over dark odd layers, dots left of the diagonal
 where a block group begins, and the fall in BG4. Writes fig2.*: `odd`, `even` (16, 16), `diag`, `max`, `argmax` (16,),
-`pairs` (P, 32, 32), `dominance_simclr`, `dominance_supervised` (S, 32) and the findings 2a-2f.
+`pairs` (P, 32, 32), `dominance_simclr`, `dominance_supervised` (S, 32) and the findings 2a-2f; `pairs_other` are those of
+the other estimator, debiased or biased.
 """
 
 import numpy as np
@@ -17,14 +18,14 @@ from common import (EVEN, GROUP, LAYERS, ODD, add_colorbar, cka_heatmap, depth_l
 
 
 def compare_methods(study):
-    """pairs (P, 32, 32), rows SimCLR and columns supervised, and each method's dominance (S, 32): one pass."""
+    """pairs (2, P, 32, 32), rows SimCLR and columns supervised, by both estimators; each method's dominance (S, 32)."""
     models = study.networks["simclr"] + study.networks["supervised"]
     cka, dominance = measure(study, [network_source(m, study.images, layers=slice(0, 32)) for m in models],
                              layer_names(models, LAYERS))
     count, split = len(models), len(study.networks["simclr"])
-    blocks = cka.reshape(count, 32, count, 32).swapaxes(1, 2)  # (S, S, 32, 32)
+    blocks = cka.reshape(2, count, 32, count, 32).swapaxes(2, 3)  # (2, S, S, 32, 32)
     dominance = dominance.reshape(count, 32)
-    return blocks[:split, split:].reshape(-1, 32, 32), dominance[:split], dominance[split:]
+    return blocks[:, :split, split:].reshape(2, -1, 32, 32), dominance[:split], dominance[split:]
 
 
 def findings(pairs):
@@ -73,13 +74,14 @@ def main():
     if args.replot:
         return replot(args, "fig2", plot)
     study = open_study(args, ["simclr", "supervised"])
-    pairs, dominance_simclr, dominance_supervised = compare_methods(study)
+    both, dominance_simclr, dominance_supervised = compare_methods(study)
+    pairs, other = both
     even = pairs.mean(0)[EVEN, EVEN]
     arrays = {"odd": pairs.mean(0)[ODD, ODD], "even": even, "diag": even.diagonal(), "max": even.max(1),
-              "argmax": even.argmax(1), "pairs": pairs, "layers": np.array(LAYERS),
+              "argmax": even.argmax(1), "pairs": pairs, "pairs_other": other, "layers": np.array(LAYERS),
               "dominance_simclr": dominance_simclr, "dominance_supervised": dominance_supervised,
               "kind": np.array("untrained " if args.untrained else "")}
-    report(study, "fig2", plot, arrays, findings(pairs))
+    report(study, "fig2", plot, arrays, findings(pairs), findings(other))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Left: test accuracy of linear probes on the frozen, flattened representations. M
 copies of the test set, each image augmented as in that method's training. Right: CKA with the one-hot class matrix. Even
 layers and SimCLR's head; mean and spread over seeds. Look for: accuracy rising all the way, SimCLR's invariance rising in
 BG4 and the head, supervision bending towards the classes in BG4. Writes fig3.*: `probe_*`, `invariance_*`, `class_cka_*`
-(S, 19) for simclr and (S, 16) for supervised, `dominance_*` and the findings 3a-3h.
+(S, 19) for simclr and (S, 16) for supervised, `dominance_*` and the findings 3a-3h; `other_*` are CKAs by the other
+estimator, debiased or biased.
 """
 
 import numpy as np
@@ -80,13 +81,16 @@ def probe_accuracies(study, model, layers):
 
 
 def cka_profiles(study, model, layers, names):
-    """(layers,) each: CKA between two augmented copies, CKA with the classes, dominance on the plain images. One pass."""
+    """CKA between two augmented copies and with the classes, (2, layers) each, by both estimators; dominance (layers,).
+
+    All in one pass; dominance is that on the plain images.
+    """
     one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
     sources = [network_source(model, study.images, view, layers) for view in (0, 1, None)]
     labels = [f"{name}{copy}" for copy in (", first copy", ", second copy", "") for name in layer_names([model], names)]
     cka, dominance = measure(study, [*sources, lambda start, stop: [one_hot[start:stop]]], labels + ["the classes"])
     n = len(layers)
-    return cka[:n, n:2 * n].diagonal(), cka[2 * n:3 * n, -1], dominance[2 * n:3 * n]
+    return cka[:, :n, n:2 * n].diagonal(axis1=1, axis2=2), cka[:, 2 * n:3 * n, -1], dominance[2 * n:3 * n]
 
 
 def falls(values, tolerance):
@@ -159,15 +163,17 @@ def main():
     study = open_study(args, ["simclr", "supervised"])
     if (args.probe_images or 0) > len(study.data.train_images):
         raise UserError(f"--probe-images {args.probe_images}: the training set has {len(study.data.train_images)} images")
-    arrays = {"kind": np.array("untrained " if args.untrained else "")}
+    arrays, other = {"kind": np.array("untrained " if args.untrained else "")}, {}
     for method, models in study.networks.items():
         layers, names = shown_layers(models)
         profiles = [cka_profiles(study, model, layers, names) for model in models]
-        for key, rows in zip(("invariance", "class_cka", "dominance"), zip(*profiles)):
-            arrays[f"{key}_{method}"] = np.stack(rows)
+        for key, rows in zip(("invariance", "class_cka"), zip(*profiles)):
+            arrays[f"{key}_{method}"], other[f"{key}_{method}"] = np.stack(rows, 1)
+        arrays[f"dominance_{method}"] = np.stack([dominance for _, _, dominance in profiles])
         arrays[f"probe_{method}"] = np.stack([probe_accuracies(study, model, layers) for model in models])
         arrays[f"layers_{method}"] = np.array(names)
-    report(study, "fig3", plot, arrays, findings(arrays))
+    both = findings(arrays), findings(arrays | other)
+    report(study, "fig3", plot, arrays | {f"other_{name}": values for name, values in other.items()}, *both)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Left: supervised networks under ImageNet augmentations. Right: SimCLR networks, head included, under SimCLR's. Mean over
 seeds. The diagonal at even layers is the middle of Figure 3. Look for: supervised similarity fading from the lower left,
 SimCLR's appearing only in the last layers and the head. Writes fig5.*: `supervised` (32, 32), `simclr` (35, 35),
-`layers_*`, `networks_*` (S, ...), `dominance_*` and the findings 5a-5c.
+`layers_*`, `networks_*` (S, ...), `dominance_*` and the findings 5a-5c; `other_*` are the networks' matrices by the other
+estimator, debiased or biased.
 """
 
 import numpy as np
@@ -17,16 +18,16 @@ METHODS = ["supervised", "simclr"]  # left and right panel
 
 
 def copies_cka(study, model, layers):
-    """(L, L) CKA, rows the first copy's layers, columns the second's; dominance (L,), the larger of the two copies'."""
+    """(2, L, L) CKA by both estimators, rows the first copy's layers, columns the second's; dominance (L,), the larger."""
     names = [f"{name}, copy {copy}" for copy in (1, 2) for name in layer_names([model], layers)]
     n = len(layers)
     cka, dominance = measure(study, [network_source(model, study.images, view, slice(0, n)) for view in (0, 1)], names)
-    return cka[:n, n:], dominance.reshape(2, n).max(0)
+    return cka[:, :n, n:], dominance.reshape(2, n).max(0)
 
 
-def findings(arrays):
+def findings(arrays, key="networks"):
     """Claims 5a-5c, each quantity per network."""
-    diagonals = {m: arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in NAMES}
+    diagonals = {m: arrays[f"{key}_{m}"].diagonal(axis1=1, axis2=2) for m in NAMES}
     simclr = diagonals["simclr"]
     found = [
         finding("5a", "supervised invariance fades gradually from the first layers",
@@ -61,9 +62,10 @@ def main():
     for method, models in study.networks.items():
         layers = layers_of(models)
         matrices, dominance = zip(*[copies_cka(study, model, layers) for model in models])
-        arrays |= {f"networks_{method}": np.stack(matrices), method: np.mean(matrices, 0),
+        networks, other = np.stack(matrices, 1)
+        arrays |= {f"networks_{method}": networks, method: networks.mean(0), f"other_{method}": other,
                    f"dominance_{method}": np.stack(dominance), f"layers_{method}": np.array(layers)}
-    report(study, "fig5", plot, arrays, findings(arrays))
+    report(study, "fig5", plot, arrays, findings(arrays), findings(arrays, "other"))
 
 
 if __name__ == "__main__":

@@ -1469,6 +1469,21 @@ def test_figures_shapes():
         assert five[method].diagonal().min() < 0.999, "the two copies are the same images"
 
 
+def test_figures_debiased():
+    """--debiased swaps what a figure shows and what it stores as the other estimator; both differ at 24 images."""
+    with temporary_folder() as folder:
+        flags = ["--checkpoints", tiny_checkpoints(), "--out", folder, "--device", "cpu", "--precision", "float32"]
+        code, out, _ = run_script("fig2_cross.py", *flags, "--debiased")
+        assert code == 0 and out.count("by biased CKA: ") == 1
+        biased = tiny_figures()["fig2"]
+        with np.load(folder / "fig2.npz", allow_pickle=False) as saved:
+            assert saved["debiased"] and not biased["debiased"]
+            assert_close(saved["pairs"], biased["pairs_other"], 1e-6, "shown")
+            assert_close(saved["pairs_other"], biased["pairs"], 1e-6, "stored")
+            assert_close(saved["other_2a_0"], biased["finding_2a_0"], 1e-6, "2a")
+            assert abs(saved["pairs"] - biased["pairs"]).max() > 0.05
+
+
 def test_figures_one_seed():
     """One seed: Figure 4 says that it compares a network with itself; no networks: the script says what to do."""
     with temporary_folder() as folder:
