@@ -34,7 +34,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -863,7 +862,7 @@ def load_any_model(path, method, device="cpu", image_size=None, mean=IMAGENET_ME
     if any(faults.values()):
         what = "; ".join(f"{fault}: {some_of(sorted(names))}" for fault, names in faults.items() if names)
         raise UserError(f"{path}: does not fit a torchvision ResNet-50; {what}")
-    model.load_state_dict(weights, strict=True, assign=True)
+    load_weights(model, {"backbone": weights, "head": {}}, path, assign=True)
     model.settings = {
         "file": str(path), "left_out": left_out, "method": method, "seed": None, "data": None, "classes": [], "stem": stem,
         "image_size": image_size or {"imagenet": 224, "cifar": 32}[stem], "standardise": True, "mean": list(mean),
@@ -887,12 +886,12 @@ def find_backbone(content, path):
     inside = {name.removeprefix(prefixes[0]): value for name, value in tensors.items() if name.startswith(prefixes[0])}
     heads = ("fc.", "head.", "heads.", "projector.", "projection_head.", "predictor.", "prototypes.", "classifier.", "linear.")
     weights = {name: value for name, value in inside.items() if not name.startswith(heads)}
-    return weights, sorted(name for name in tensors if name.removeprefix(prefixes[0]) not in weights)
+    return weights, sorted(tensors.keys() - {prefixes[0] + name for name in weights})
 
 
-def some_of(names):
+def some_of(names, most=5):
     """The first names of a list, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ======================================================================================================================
@@ -1438,7 +1437,7 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128):
 
     How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Pass one finds each
     feature's mean. Pass two takes a block of rows at a time: the upper triangle's part of every layer's K' in these rows,
-    then all pairs of layers' products summed over it, then the tiles are dropped. Rows of K' sum to zero, so the
+    then all pairs of layers' products summed over it; the next block overwrites these tiles. Rows of K' sum to zero, so the
     debiased estimator needs K's diagonal besides, nothing else.
 
     ValueError for features that are not finite, or a source that changes its mind about shapes. Layers that are constant
@@ -1596,10 +1595,13 @@ def _sum_over_pairs(features, m):
     pairs = torch.zeros(count, count, dtype=_wide(features.device), device=features.device)
     diagonal, rows = (torch.zeros(count, m, dtype=features.dtype, device=features.device) for _ in range(2))
     progress = _Progress("CKA: Gram matrices", m * m * len(features.sizes) // 2)
-    memory = torch.empty(count * features.rows_that_fit(0) * m, dtype=features.dtype, device=features.device)
-    a = 0
-    while a < m:  # each block's tiles in the same memory: to touch new memory takes longer than to fill it
-        b = a + min(features.rows_that_fit(a), len(memory) // (count * (m - a)))
+    a, memory = 0, None
+    while a < m:
+        b = a + features.rows_that_fit(a)
+        if memory is None or features.kept is None:  # else in the memory of the last block's: new memory is slow at first
+            memory = None
+            memory = torch.empty(count * (b - a) * (m - a), dtype=features.dtype, device=features.device)
+        b = min(b, a + len(memory) // (count * (m - a)))
         tiles = memory[:count * (b - a) * (m - a)].view(count, b - a, m - a)
         _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress)
         a = b
@@ -1762,7 +1764,7 @@ def figure_parser(doc):
     add("--untrained", action="store_true", help="the same networks before training, in torchvision's standard initialisation")
     add("--replot", action="store_true", help="draw again from the .npz in --out, without networks")
     add("--out", help="folder for the .png and .npz (default: figures/<name of the checkpoint folder or of the files>)")
-    add("--data", help="as in training (default: what the networks were trained on)")
+    add("--data", help="as in training (default: what the networks were trained on; for state dicts: data)")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
     add("--debiased", action="store_true", help="debiased CKA instead of the biased one of Eq. (2)")
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
@@ -1788,14 +1790,13 @@ class Study(NamedTuple):
 
 def open_study(args, methods):
     """`Study` of the networks of `methods`, from files or --checkpoints, after checking that everything needed is there."""
-    device = pick_device(args.device)
-    networks, names = {}, {}
+    device, networks = pick_device(args.device), {}
+    names = {method: called for method, called in (NAMES | names_of_files(args)).items() if method in methods}
     for method in methods:
         files = getattr(args, method)
         networks[method] = networks_in_files(args, method, device) if files else networks_in_folder(args, method, device)
-        names[method] = ", ".join(dict.fromkeys(map(short_name, files))) if files else NAMES[method]
         if args.untrained:
-            networks[method] = [untrained(model, method, seed, device) for seed, model in enumerate(networks[method])]
+            networks[method] = [untrained(model, place, device) for place, model in enumerate(networks[method])]
     settings = [model.settings for models in networks.values() for model in models]
     if (args.image_size or args.mean or args.std) and not any("standardise" in s for s in settings):
         raise UserError("--image-size, --mean and --std are for state dicts; checkpoints of this study know theirs; leave them out")
@@ -1803,7 +1804,8 @@ def open_study(args, methods):
         values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:
             warn(f"networks differ in {name}: {', '.join(values)}")
-    data = load_data(args.data or next((s["data"] for s in settings if s["data"]), "data"), device)
+    args.data = args.data or next((s["data"] for s in settings if s["data"]), "data")
+    data = load_data(args.data, device)
     total = len(data.test_images)
     if args.samples and args.samples > total:
         raise UserError(f"--samples {args.samples}: the test set has {total} images")
@@ -1827,9 +1829,14 @@ def networks_in_folder(args, method, device):
                         "seeds; move the others away")
     for path, model in zip(paths, models):
         model.name = f"{NAMES[method]} seed {model.settings['seed']}"
-        if model.settings["epoch"] < model.settings["epochs"]:
-            warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
+        warn_if_unfinished(path, model)
     return models
+
+
+def warn_if_unfinished(path, model):
+    """A line on stderr if a checkpoint of ours is not from the end of its training."""
+    if model.settings.get("epoch", 0) < model.settings.get("epochs", 0):
+        warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
 
 
 def networks_in_files(args, method, device):
@@ -1840,32 +1847,52 @@ def networks_in_files(args, method, device):
     models = []
     for path in paths:
         model = load_any_model(path, method, device, args.image_size, args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
-        model.name = path.stem
+        model.name = without_ending(path)
+        warn_if_unfinished(path, model)
         if model.settings.get("left_out"):
             warn(f"{path}: not of the backbone and left out: {some_of(model.settings['left_out'])}")
         models.append(model)
     return models
 
 
-def short_name(path):
-    """The name of a checkpoint file without its ending and seed."""
-    return re.sub(r"[-_.]?seed[-_]?[0-9]+$", "", Path(path).stem) or Path(path).stem
+def without_ending(path):
+    """The name of a checkpoint file without .pt, .pth.tar and the like."""
+    return re.sub(r"(\.(pt|pth|tar|ckpt|bin))+$", "", Path(path).name)
 
 
-def untrained(model, method, seed, device):
-    """`model` as before training, but in the standard initialisation: with a gamma of 0 odd layers would be constant."""
-    fresh = build_model(method, model.settings["stem"], max(1, len(model.settings["classes"])), seed, zero_init=False)
+def names_of_files(args):
+    """What labels call the methods whose files are given: the files' names without ending and seed."""
+    names = {}
+    for with_folder in (False, True):  # the folder too, if the names alone do not tell the methods apart
+        for method in NAMES:
+            paths = [Path(name) for name in getattr(args, method) or []]
+            short = [re.sub(r"[-_.]?seed[-_]?[0-9]+$", "", without_ending(p)) or p.name for p in paths]
+            short = [f"{p.resolve().parent.name} {name}" if with_folder else name for p, name in zip(paths, short)]
+            if short:
+                names[method] = some_of(list(dict.fromkeys(short)), 2)
+        if len(set(names.values())) == len(names):
+            break
+    return names
+
+
+def untrained(model, place, device):
+    """`model` as before training, but in the standard initialisation: with a gamma of 0 odd layers would be constant.
+
+    Its weights follow from its seed, or from its `place` among the files if it has none.
+    """
+    s = model.settings
+    seed = place if s["seed"] is None else s["seed"]
+    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
     if not isinstance(model.fc, ProjectionHead):
         fresh.fc = nn.Identity()
-    fresh.settings = model.settings | {"seed": seed, "epoch": 0, "untrained": True}
+    fresh.settings = s | {"seed": seed, "epoch": 0, "untrained": True}
     fresh.name = f"untrained {model.name}"
     return fresh.to(device, memory_format=torch.channels_last).eval()
 
 
 def figure_folder(args):
     """The folder of a figure's files."""
-    given = dict.fromkeys(short_name(name) for name in [*(args.simclr or []), *(args.supervised or [])])
-    name = "-".join(given) or Path(args.checkpoints).resolve().name or "figures"
+    name = "-".join(names_of_files(args).values()).replace(" ", "_") or Path(args.checkpoints).resolve().name or "figures"
     return Path(args.out or Path("figures") / (name + ("-untrained" if args.untrained else "")))
 
 
@@ -1945,9 +1972,9 @@ def measure(study, sources, names):
     return both[::-1] if args.debiased else both, dominance
 
 
-def layer_names(models, layers):
-    """ "<network> <layer>" for each layer of each model, in the order of their sources."""
-    return [f"{m.name} {layer}" for m in models for layer in layers]
+def layer_names(models, layers, note=""):
+    """ "<network><note> <layer>" for each layer of each model, in the order of their sources."""
+    return [f"{m.name}{note} {layer}" for m in models for layer in layers]
 
 
 def finding(identity, claim, *numbers):
@@ -1977,22 +2004,25 @@ def rank_correlation(values):
     ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
     depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
     with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
-        return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
+        found = (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
+    return np.where(np.isnan(values).any(-1), np.nan, found)
 
 
 def report(study, name, plot, arrays, findings, others):
     """Prints the findings, one line each, and writes <out>/<name>.npz (arrays, findings, settings) and .png, `plot(arrays)`.
 
-    `others`: the same findings by the other estimator; a line says whether they change.
+    `others`: the same findings by the other estimator; their means and every verdict that changes are one more line.
     """
     lines = [] if study.names.items() <= NAMES.items() else ["in the claims, " + " and ".join(
         f"{NAMES[method]} is {called}" for method, called in study.names.items())]
-    for f in findings:
+    rest = []
+    for f, other in zip(findings, others):
         numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in dict(f["numbers"]).items())
         count = f["numbers"][0][1].size
         lines.append(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
-    changed = [f"{o['id']} {o['verdict']}" for f, o in zip(findings, others) if f["verdict"] != o["verdict"]]
-    lines.append(f"by {'biased' if study.args.debiased else 'debiased'} CKA: {', '.join(changed) or 'the same verdicts'}")
+        means = " ".join(f"{v.mean():.3f}" for v in dict(other["numbers"]).values())
+        rest.append(f"{f['id']} {means}" + ("" if f["verdict"] == other["verdict"] else f" {other['verdict'].upper()}"))
+    lines.append(f"by {'biased' if study.args.debiased else 'debiased'} CKA: {', '.join(rest)}")
     print("\n".join(lines))
     settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
     for kind, some in (("finding", findings), ("other", others)):
@@ -2001,16 +2031,23 @@ def report(study, name, plot, arrays, findings, others):
     arrays |= {f"name_{method}": np.array(called) for method, called in study.names.items()}
     arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
                "findings": np.array(lines), "samples": np.array(len(study.images)),
-               "debiased": np.array(study.args.debiased), "settings": np.array(json.dumps(settings))}
+               "debiased": np.array(study.args.debiased), "data": np.array(study.args.data), "kind": np.array(kind_of(study.args)), "settings": np.array(json.dumps(settings))}
     write_atomically(study.out / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
     draw(study.out / f"{name}.png", plot, arrays)
     print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "
           f"{'debiased' if study.args.debiased else 'biased'} CKA)")
 
 
+def kind_of(args):
+    """What titles say of the networks: "untrained " or nothing."""
+    return "untrained " if args.untrained else ""
+
+
 def replot(args, name, plot):
     """Writes <out>/<name>.png again from the .npz beside it and prints the findings in it; no network is needed."""
     path = figure_folder(args) / f"{name}.npz"
+    if args.debiased or args.samples:
+        raise UserError("--replot draws what the .npz holds; leave out --debiased and --samples")
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
@@ -2018,8 +2055,11 @@ def replot(args, name, plot):
         draw(path.with_suffix(".png"), plot, arrays)
     except FileNotFoundError:
         raise UserError(f"--replot: no {path}; give the folder of {name}.npz with --out") from None
-    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise UserError(f"--replot: {path} is damaged or not written by this script ({error}); draw it anew") from None
+    except UserError:
+        raise
+    except Exception as error:  # damaged files fail in many ways
+        reason = f"{type(error).__name__} {error}"[:120]
+        raise UserError(f"--replot: {path} is damaged or not written by this script ({reason}); draw it anew") from None
     print(f"drew {path.with_suffix('.png')} again ({arrays['samples']} test images)")
 
 

@@ -13,10 +13,11 @@ import itertools
 
 import numpy as np
 
-from common import (EVEN, GROUP, LAYERS, NAMES, ODD, add_colorbar, cka_heatmap, figure_parser, finding, layer_names,
-                    measure, network_source, new_figure, open_study, plural, replot, report, user_errors, warn)
+from common import (EVEN, GROUP, LAYERS, NAMES, ODD, UserError, add_colorbar, cka_heatmap, figure_parser, finding,
+                    kind_of, layer_names, measure, network_source, new_figure, open_study, plural, replot, report, user_errors, warn)
 
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
+RIVAL = {"simclr": "supervised", "supervised": "simclr"}
 
 
 def compare_seeds(study, models):
@@ -70,12 +71,14 @@ def findings(method, pairs, rival=None):
 
 def other_method(study, method):
     """(2, P, 32, 32) of the other method's figure in the same folder, for claim 4d; Nones if not there or not comparable."""
-    path = study.out / f"fig{sum(NUMBERS.values()) - NUMBERS[method]}.npz"
+    path = study.out / f"fig{NUMBERS[RIVAL[method]]}.npz"
     if not path.exists():
         return None, None
     try:
         with np.load(path, allow_pickle=False) as saved:
-            same = int(saved["samples"]) == len(study.images) and bool(saved["debiased"]) == study.args.debiased
+            made = int(saved["samples"]), bool(saved["debiased"]), str(saved["data"]), str(saved["kind"])
+            same = made == (len(study.images), study.args.debiased, study.args.data, kind_of(study.args))
+            same = same and str(saved[f"name_{RIVAL[method]}"]) == NAMES[RIVAL[method]] and study.names[method] == NAMES[method]
             both = np.stack([saved["pairs"], saved["pairs_other"]])
             return both if same and both.shape[2:] == (32, 32) else (None, None)
     except Exception as error:  # a damaged file must not cost this figure
@@ -98,9 +101,12 @@ def plot(arrays):
 
 def main():
     parser = figure_parser(__doc__)
-    parser.add_argument("--method", choices=("simclr", "supervised"), default="simclr", help="supervised: Figure 4")
+    parser.add_argument("--method", choices=tuple(NAMES), help="supervised: Figure 4 (default: simclr, or that of the files)")
     args = parser.parse_args()
-    method, name = args.method, f"fig{NUMBERS[args.method]}"
+    method = args.method or ("supervised" if args.supervised and not args.simclr else "simclr")
+    name, rival = f"fig{NUMBERS[method]}", RIVAL[method]
+    if getattr(args, rival):
+        raise UserError(f"--{rival}: this figure is of {NAMES[method]} networks only; leave it out, or give --method {rival}")
     if args.replot:
         return replot(args, name, plot)
     study = open_study(args, [method])
@@ -111,7 +117,7 @@ def main():
     pairs, other = both
     claims, others = (findings(method, p, rival) for p, rival in zip(both, other_method(study, method)))
     arrays = {"cka": pairs.mean(0), "pairs": pairs, "pairs_other": other, "layers": np.array(LAYERS), "dominance": dominance,
-              "networks": np.array([m.name for m in models]), "kind": np.array("untrained " if args.untrained else "")}
+              "networks": np.array([m.name for m in models])}
     report(study, name, plot, arrays, claims, others)
 
 

@@ -62,7 +62,8 @@ def plot(arrays):
     most_similar = mean[EVEN, EVEN].argmax(1)  # the dots; their mean over pairs is the stored `max`
     depth_lines(axes[2], even[:, np.arange(16), most_similar], "tab:red", "max", marker="s")
     mark_block_groups(axes[2])
-    axes[2].set(title=f"{rows} even layers", xlabel=f"{rows} layer", ylabel=f"CKA with {columns} layer", ylim=(0, 1))
+    axes[2].set(title=f"{rows} even layers", xlabel=f"{rows} layer", ylabel=f"CKA with {columns} layer",
+                ylim=(min(0, np.nanmin(even.diagonal(axis1=1, axis2=2))), 1))  # debiased CKA may be negative
     axes[2].legend(loc="lower left")
     count = f"mean of {plural(len(pairs), 'pair')} of {arrays['kind']}networks"
     figure.suptitle(f"CKA between {rows} and {columns} layers: {count}")
@@ -79,8 +80,7 @@ def main():
     even = pairs.mean(0)[EVEN, EVEN]
     arrays = {"odd": pairs.mean(0)[ODD, ODD], "even": even, "diag": even.diagonal(), "max": even.max(1),
               "argmax": even.argmax(1), "pairs": pairs, "pairs_other": other, "layers": np.array(LAYERS),
-              "dominance_simclr": dominance_simclr, "dominance_supervised": dominance_supervised,
-              "kind": np.array("untrained " if args.untrained else "")}
+              "dominance_simclr": dominance_simclr, "dominance_supervised": dominance_supervised}
     report(study, "fig2", plot, arrays, findings(pairs), findings(other))
 
 

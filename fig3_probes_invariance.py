@@ -87,15 +87,15 @@ def cka_profiles(study, model, layers, names):
     """
     one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
     sources = [network_source(model, study.images, view, layers) for view in (0, 1, None)]
-    labels = [f"{name}{copy}" for copy in (", first copy", ", second copy", "") for name in layer_names([model], names)]
-    cka, dominance = measure(study, [*sources, lambda start, stop: [one_hot[start:stop]]], labels + ["the classes"])
+    labels = [name for copy in (", first copy", ", second copy", "") for name in layer_names([model], names, copy)]
+    cka, dominance = measure(study, [*sources, lambda start, stop: [one_hot[start:stop]]], labels + ["the classes (one-hot)"])
     n = len(layers)
     return cka[:, :n, n:2 * n].diagonal(axis1=1, axis2=2), cka[:, 2 * n:3 * n, -1], dominance[2 * n:3 * n]
 
 
 def falls(values, tolerance):
     """(S,): how often each row of values (S, layers) falls by more than `tolerance` from one layer to the next."""
-    return (np.diff(values, axis=1) < -tolerance).sum(1)
+    return np.where(np.isnan(values).any(1), np.nan, (np.diff(values, axis=1) < -tolerance).sum(1))
 
 
 def findings(a):
@@ -116,7 +116,7 @@ def findings(a):
         finding("3a", "linear separability rises monotonically", *rises({m: a[f"probe_{m}"] for m in NAMES}, 0.005)),
         finding("3b", "SimCLR grows more invariant with depth, most in the last layers",
                 ("rank correlation", rank_correlation(simclr), 1, 0),
-                ("BG4 and head - BG1-3", simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), 1, 0)),
+                (f"BG4{' and head' if has_head else ''} - BG1-3", simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), 1, 0)),
         finding("3c", "supervision starts similar under its weaker augmentations",
                 ("supervised - SimCLR at even 1", supervised[:seeds, 0] - simclr[:seeds, 0], 1, 0)),
         finding("3d", "supervision then diverges until BG4, with a small increase there",
@@ -143,10 +143,11 @@ def plot(arrays):
               ("class_cka", "Alignment with the classes", f"{estimator} with the classes"))
     width = max(arrays[f"probe_{method}"].shape[1] for method in NAMES)
     for ax, (key, title, label) in zip(axes, panels):
+        lowest = min(0, *(np.nanmin(arrays[f"{key}_{method}"]) for method in NAMES))  # debiased CKA may be negative
         for method in NAMES:
             depth_lines(ax, arrays[f"{key}_{method}"], COLORS[method], str(arrays[f"name_{method}"]))
         mark_block_groups(ax, head=width - 16)
-        ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5), ylim=(0, 1))
+        ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5), ylim=(lowest, 1))
     axes[0].legend(loc="upper left")
     seeds = ", ".join(f"{arrays[f'name_{m}']} {len(arrays[f'probe_{m}'])}" for m in NAMES)
     figure.suptitle(f"Mean and standard deviation over {arrays['kind']}networks: {seeds}")
@@ -163,7 +164,7 @@ def main():
     study = open_study(args, ["simclr", "supervised"])
     if (args.probe_images or 0) > len(study.data.train_images):
         raise UserError(f"--probe-images {args.probe_images}: the training set has {len(study.data.train_images)} images")
-    arrays, other = {"kind": np.array("untrained " if args.untrained else "")}, {}
+    arrays, other = {}, {}
     for method, models in study.networks.items():
         layers, names = shown_layers(models)
         profiles = [cka_profiles(study, model, layers, names) for model in models]

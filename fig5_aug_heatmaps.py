@@ -19,7 +19,7 @@ METHODS = ["supervised", "simclr"]  # left and right panel
 
 def copies_cka(study, model, layers):
     """(2, L, L) CKA by both estimators, rows the first copy's layers, columns the second's; dominance (L,), the larger."""
-    names = [f"{name}, copy {copy}" for copy in (1, 2) for name in layer_names([model], layers)]
+    names = [name for copy in (1, 2) for name in layer_names([model], layers, f", copy {copy}")]
     n = len(layers)
     cka, dominance = measure(study, [network_source(model, study.images, view, slice(0, n)) for view in (0, 1)], names)
     return cka[:, :n, n:], dominance.reshape(2, n).max(0)
@@ -29,12 +29,13 @@ def findings(arrays, key="networks"):
     """Claims 5a-5c, each quantity per network."""
     diagonals = {m: arrays[f"{key}_{m}"].diagonal(axis1=1, axis2=2) for m in NAMES}
     simclr = diagonals["simclr"]
+    has_head = simclr.shape[1] > 32  # networks from other projects come without
     found = [
         finding("5a", "supervised invariance fades gradually from the first layers",
                 ("rank correlation with depth, BG1-3", rank_correlation(diagonals["supervised"][:, :26]), -1, 0)),
         finding("5c", "robustness is limited up to the last few layers",
-                ("BG4 and head - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 1, 0))]
-    if simclr.shape[1] > 32:  # networks from other projects come without a head
+                (f"BG4{' and head' if has_head else ''} - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 1, 0))]
+    if has_head:
         head = simclr[:, 32:].mean(1)
         found.insert(1, finding("5b", "SimCLR's head learns substantial but not total invariance",
                                 ("head", head, 1, 0.5), ("head", head, -1, 0.95)))
@@ -58,7 +59,7 @@ def main():
     if args.replot:
         return replot(args, "fig5", plot)
     study = open_study(args, METHODS)
-    arrays = {"kind": np.array("untrained " if args.untrained else "")}
+    arrays = {}
     for method, models in study.networks.items():
         layers = layers_of(models)
         matrices, dominance = zip(*[copies_cka(study, model, layers) for model in models])

@@ -373,17 +373,24 @@ def test_cka_block_stands_alone():
 
 
 def test_cka_memory():
-    """At m = 4,000, 16 Grams are 1 GB; with 64 MiB to use, the process grows by a tenth of that from m = 1,000 on."""
+    """At m = 4,000, 16 Grams are 1 GB; with 64 MiB to use, the process grows by a tenth of that from m = 1,000 on.
+
+    Then features of 400 MB that are computed when asked for, in 128 MiB.
+    """
     program = """
 import resource, sys, torch, common
 for m in 1000, 4000:
     layers = [torch.randn(m, 8) for _ in range(16)]
     common.cka_matrix([lambda a, b: [x[a:b] for x in layers]], m, precision="float32", memory=64 << 20)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+x, w = torch.randn(2000, 8), torch.randn(16, 8, 3000)
+common.cka_matrix([lambda a, b: list(x[a:b] @ w)], 2000, precision="float32", memory=128 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
     done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, text=True, check=True)
-    small, large = map(int, done.stdout.split())
+    small, large, computed = map(int, done.stdout.split())
     assert large - small < 100e6, f"grew by {(large - small) / 1e6:.0f} MB"
+    assert computed - large < 1.2 * (128 << 20), f"grew by {(computed - large) / 1e6:.0f} MB"
     assert done.stderr == "", "progress was shown although stderr is no terminal"
 
 
@@ -1190,6 +1197,7 @@ def test_checkpoint_other_projects():
                "shape": (under("") | {"layer1.0.conv2.weight": torch.ones(3)}, "layer1.0.conv2.weight"),
                "two": (under("backbone.") | under("encoder."), "encoder."),
                "stem": (under("") | {"conv1.weight": torch.ones(64, 3, 5, 5)}, "(5, 5)"),
+               "integers": ({name: value.to(torch.int64) for name, value in saved.items()}, "fit"),
                "nothing": ({"weights": torch.ones(3)}, "conv1.weight"), "list": ([torch.ones(3)], "conv1.weight"),
                "small": (torchvision.models.resnet18().state_dict(), "layer1.0.conv3.weight")}
     with temporary_folder() as folder:
@@ -1530,6 +1538,12 @@ def test_figures_of_files():
         (out / "fig2.npz").write_bytes(b"PK")
         assert_refused("fig2_cross.py", "--replot", "--out", out, words=["fig2.npz", "damaged"])
         assert_refused("fig1_internal.py", "--replot", "--out", out, words=["fig1.npz", "--out"])
+        damaged = bytearray((out / "fig5.npz").read_bytes())
+        damaged[60:4000] = bytes(3940)
+        (out / "fig5.npz").write_bytes(damaged)
+        assert_refused("fig5_aug_heatmaps.py", "--replot", "--out", out, words=["fig5.npz", "damaged"])
+        assert_refused("fig3_probes_invariance.py", "--replot", "--debiased", "--out", out, words=["--debiased"])
+        assert_refused("fig1_internal.py", "--method", "simclr", *flags, words=["--supervised"])
         assert_refused("fig2_cross.py", "--simclr", ours, ours, *flags, words=["--simclr", "once"])
         assert_refused("fig2_cross.py", "--simclr", ours, *flags, "--image-size", 16, words=["--image-size"])
         assert_refused("fig2_cross.py", "--simclr", folder / "none.pt", *flags, words=["none.pt"])
@@ -1561,6 +1575,18 @@ def test_findings():
     assert two["verdict"] == "does not hold"
     got = common.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
     assert_close(got, [0.8, -1.0], 1e-12, "rank correlation")
+    assert np.isnan(common.rank_correlation(np.array([1.0, math.nan, 3.0])))
+
+
+def test_names_of_files():
+    """Labels: files' names without ending and seed; with their folders where the names alone are the same."""
+    for simclr, supervised, names in (
+            (["a/moco_seed0.pth.tar", "b/moco-seed1.pth.tar"], None, {"simclr": "moco"}),
+            (["a/byol.pt"], ["b/sup.v2.ckpt"], {"simclr": "byol", "supervised": "sup.v2"}),
+            (["moco/last.pth"], ["sup/last.pth"], {"simclr": "moco last", "supervised": "sup last"}),
+            (["seed1.pt"], None, {"simclr": "seed1.pt"}), (["a.pt", "b.pt", "c.pt"], None, {"simclr": "a, b and 1 more"})):
+        args = argparse.Namespace(simclr=simclr, supervised=supervised)
+        assert common.names_of_files(args) == names, f"{simclr} {supervised}: {common.names_of_files(args)}"
 
 
 def bench():
