@@ -1799,7 +1799,8 @@ def open_study(args, methods):
             networks[method] = [untrained(model, place, device) for place, model in enumerate(networks[method])]
     settings = [model.settings for models in networks.values() for model in models]
     if (args.image_size or args.mean or args.std) and not any("standardise" in s for s in settings):
-        raise UserError("--image-size, --mean and --std are for state dicts; checkpoints of this study know theirs; leave them out")
+        raise UserError("--image-size, --mean and --std are for state dicts; checkpoints of this study know theirs: leave "
+                        "them out")
     for name in ("stem", "image_size", "data"):
         values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:
@@ -2031,7 +2032,8 @@ def report(study, name, plot, arrays, findings, others):
     arrays |= {f"name_{method}": np.array(called) for method, called in study.names.items()}
     arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
                "findings": np.array(lines), "samples": np.array(len(study.images)),
-               "debiased": np.array(study.args.debiased), "data": np.array(study.args.data), "kind": np.array(kind_of(study.args)), "settings": np.array(json.dumps(settings))}
+               "debiased": np.array(study.args.debiased), "data": np.array(study.args.data),
+               "kind": np.array(kind_of(study.args)), "settings": np.array(json.dumps(settings))}
     write_atomically(study.out / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
     draw(study.out / f"{name}.png", plot, arrays)
     print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "

@@ -14,7 +14,8 @@ import itertools
 import numpy as np
 
 from common import (EVEN, GROUP, LAYERS, NAMES, ODD, UserError, add_colorbar, cka_heatmap, figure_parser, finding,
-                    kind_of, layer_names, measure, network_source, new_figure, open_study, plural, replot, report, user_errors, warn)
+                    kind_of, layer_names, measure, network_source, new_figure, open_study, plural, replot, report,
+                    user_errors, warn)
 
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
 RIVAL = {"simclr": "supervised", "supervised": "simclr"}
