@@ -1599,7 +1599,7 @@ def _sum_over_pairs(features, m):
     while a < m:
         b = a + features.rows_that_fit(a)
         if memory is None or features.kept is None:  # else in the memory of the last block's: new memory is slow at first
-            memory = None
+            tiles = memory = None  # both let go of the old block's first
             memory = torch.empty(count * (b - a) * (m - a), dtype=features.dtype, device=features.device)
         b = min(b, a + len(memory) // (count * (m - a)))
         tiles = memory[:count * (b - a) * (m - a)].view(count, b - a, m - a)
