@@ -558,7 +558,6 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True):
     return model
 
 
-@torch.no_grad()
 def representations(model, images, any_order=False):
     """Every representation of `images` (n, 3, h, w): a dict, in depth order, from layer name to an (n, p) tensor.
 
@@ -570,34 +569,44 @@ def representations(model, images, any_order=False):
     Features are in the order of flattened (channel, height, width); with `any_order` in that of memory, which for a
     channels_last network saves a transposition. Linear CKA is the same for any order.
     """
+    return dict(stream_representations(model, images, any_order))
+
+
+@torch.no_grad()
+def stream_representations(model, images, any_order=False):
+    """`representations` one at a time: yields (name, tensor) as soon as the network has computed it.
+
+    Whoever lets go of each tensor before taking the next needs memory for two blocks instead of sixteen. The tensors must
+    not be changed: the network reads them afterwards.
+    """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
     if tuple(len(g) for g in groups) != BLOCK_GROUPS or not all(hasattr(b, "bn3") for g in groups for b in g):
         raise TypeError(f"representations() needs a torchvision ResNet-50 (bottlenecks {BLOCK_GROUPS}), "
                         f"got {type(model).__name__}")
-    found, handles = {}, []
 
-    def keep(name, copy):
-        def hook(module, inputs, output):
-            if any_order and output.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last):
-                output = output.permute(0, 2, 3, 1)
-            if copy:  # torchvision adds the identity to this very tensor afterwards
-                output = output.clone(memory_format=torch.contiguous_format)
-            found[name] = output.flatten(1)
-        return hook
+    def flat(x):
+        last = any_order and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
 
-    try:
-        for g, group in enumerate(groups, 1):
-            for b, block in enumerate(group, 1):
-                handles.append(block.bn3.register_forward_hook(keep(f"BG{g}.{b}.odd", copy=True)))
-                handles.append(block.register_forward_hook(keep(f"BG{g}.{b}.even", copy=False)))
-        if isinstance(model.fc, ProjectionHead):
-            for i, layer in enumerate(model.fc.layers, 1):
-                handles.append(layer.register_forward_hook(keep(f"head.{i}", copy=False)))
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to this very tensor afterwards
+        odd.append(flat(output).clone())
+
+    x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+    for g, group in enumerate(groups, 1):
+        for b, block in enumerate(group, 1):
+            odd = []
+            handle = block.bn3.register_forward_hook(keep_odd)
+            try:
+                x = block(x)
+            finally:
+                handle.remove()
+            yield f"BG{g}.{b}.odd", odd.pop()
+            yield f"BG{g}.{b}.even", flat(x)
+    if isinstance(model.fc, ProjectionHead):
+        x = model.avgpool(x).flatten(1)
+        for i, layer in enumerate(model.fc.layers, 1):
+            x = layer(x)
+            yield f"head.{i}", x
 
 
 # ======================================================================================================================
@@ -1424,15 +1433,16 @@ def cka_matrix(sources, m, debiased=False, **options):
 def gram_statistics(sources, m, precision=None, memory=None, batch=128):
     """`GramStatistics` of all layers of all `sources`, over samples 0 to m - 1, exact for any m.
 
-    sources: list of callables, one per network or view; source(start, stop) returns the list of that network's features
-        (stop - start, ...) of those samples, the same list every time it is asked.
+    sources: list of callables, one per network or view; source(start, stop) returns that network's features (stop - start,
+        ...) of those samples, a list or a generator over its layers, the same every time it is asked. A generator that
+        computes a layer when it is asked for needs less memory, and is faster where new memory is slow.
     precision: of the Gram matrices' products. "float32"; "tf32" (CUDA); "bfloat16": inputs rounded to bfloat16, float32
         results. None: the fastest of them on this device (bfloat16 where there is hardware for it, else float32).
         Features are centred first, which is what makes rounding harmless. Float64 features keep float64 products,
         except in "bfloat16".
-    memory: bytes for features and Gram tiles; None: half of what is free on the features' device. If all features fit
-        in three quarters, each source is asked once per sample; else features are computed again, the less memory the
-        more often.
+    memory: bytes for features and Gram tiles; None: half of what is free on the features' device. If three quarters hold
+        all features, or the features of one source and all Grams, each source is asked once per sample; else features
+        are computed again, the less memory the more often.
     batch: samples per call of a source.
 
     How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Pass one finds each
@@ -1485,52 +1495,70 @@ class _CentredFeatures:
         self.memory = free_memory(self.device) // 2 if memory is None else int(memory)
         self.bytes = [sum(x.nbytes for x in layers) for layers in self.first]  # of one sample, per source
         self.batch = max(1, min(batch, self.memory // 8 // max(self.bytes)))
-        self.kept = None
-        if m * sum(self.bytes) <= 0.75 * self.memory:
-            self.kept = [[x.new_empty(m, len(x)) for x in layers] for layers in self.first]
-        self.shift, self.scale = [], []  # per source, lists over layers
-        progress = _Progress("CKA: features", m * len(sources))
-        for s in range(len(sources)):
-            self._measure(s, progress)
-        progress.close()
-        for s, layers in enumerate(self.kept or []):
-            for i, x in enumerate(layers):
-                layers[i] = self._centred(x, s, i)
+        self.shift, self.scale = [None] * len(sources), [None] * len(sources)  # per source, lists over layers
+        self.kept = self.buffer = None
+        everything, one = m * sum(self.bytes), m * max(self.bytes)
+        grams = self.dtype.itemsize * m * m * (sum(self.sizes) + 2)  # whole matrices; two for temporaries
+        if len(sources) > 1 and one + grams / 2 < everything and one + grams <= 0.75 * self.memory:
+            self.buffer = torch.empty(one + 64 * max(self.sizes), dtype=torch.uint8, device=self.device)
+        elif everything <= 0.75 * self.memory:
+            self.kept = [self._load(s) for s in range(len(sources))]
+        else:
+            for s in range(len(sources)):
+                self._measure(s)
 
-    def _measure(self, s, progress):
-        """Pass one over source s: each feature's mean and each layer's range; stores the features if they are kept.
+    def _load(self, s):
+        """All features of source s, centred: the list of (m, p), in the buffer if there is one."""
+        buffer = self.buffer
+        if buffer is None:
+            buffer = torch.empty(self.m * self.bytes[s] + 64 * self.sizes[s], dtype=torch.uint8, device=self.device)
+        store, start = [], 0
+        for x in self.first[s]:
+            stop = start + self.m * x.nbytes
+            store.append(buffer[start:stop].view(x.dtype).view(self.m, len(x)))
+            start = -(-stop // 64) * 64
+        self._measure(s, store)
+        return [self._centred(x, s, i) for i, x in enumerate(store)]
+
+    def _measure(self, s, store=None):
+        """Pass one over source s: each feature's mean and each layer's range; puts the features into `store`, if given.
 
         Sums are of differences from the first sample: exactly zero for a constant, and accurate for any mean.
         """
-        first = self.first[s]
+        first, progress = self.first[s], _Progress(f"CKA: features of source {s}", self.m)
         sums = [0.0] * len(first)
         low, high = ([x.new_zeros(()) for x in first] for _ in range(2))
         for a, b in self._chunks(0, self.m):
             for i, x in enumerate(self._ask(s, a, b)):
-                x = torch.sub(x, first[i], out=self.kept[s][i][a:b] if self.kept else None)
+                x = torch.sub(x, first[i], out=store[i][a:b] if store else None)
                 sums[i] = sums[i] + x.sum(0).to(_wide(x.device))
                 least, most = torch.aminmax(x)
                 low[i], high[i] = torch.minimum(low[i], least), torch.maximum(high[i], most)
             progress.add(b - a)
+        progress.close()
         spread = torch.stack([(h - l).cpu().double() for h, l in zip(high, low)])
         for i in (~spread.isfinite()).nonzero().flatten().tolist():
             raise ValueError(f"source {s}, layer {i}: features contain NaN or infinite values")
-        self.shift.append([(total / self.m).to(x.dtype) for total, x in zip(sums, first)])
+        self.shift[s] = [(total / self.m).to(x.dtype) for total, x in zip(sums, first)]
         # a power of two that brings the features to about 1: exact, and no product can overflow or vanish
         exponents = torch.frexp(spread).exponent.clamp(-120, 120)
-        self.scale.append([2.0 ** -e for e in exponents.tolist()])
+        self.scale[s] = [2.0 ** -e for e in exponents.tolist()]
 
     def _ask(self, s, a, b):
-        """The source's features of samples a to b - 1, each (b - a, p), in float32 or float64."""
-        features = [torch.as_tensor(x) for x in self.sources[s](a, b)]
-        if not features or any(x.ndim == 0 or len(x) != b - a for x in features):
-            raise ValueError(f"source {s} must return a list of tensors of {b - a} rows for samples {a} to {b - 1}, "
-                             f"got shapes {[tuple(x.shape) for x in features]}")
-        features = [x.reshape(b - a, x.numel() // (b - a)) for x in features]
-        if any(x.shape[1] == 0 for x in features) or (
-                len(self.first) > s and [x.shape[1:] for x in features] != [x.shape for x in self.first[s]]):
-            raise ValueError(f"source {s} returned features of size 0, or of other sizes than for sample 0")
-        return [x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for x in features]
+        """Yields the source's features of samples a to b - 1, layer after layer, each (b - a, p) float32 or float64."""
+        known, i = self.first[s] if len(self.first) > s else None, -1
+        for i, x in enumerate(self.sources[s](a, b)):
+            x = torch.as_tensor(x)
+            if x.ndim == 0 or len(x) != b - a:
+                raise ValueError(f"source {s} must return tensors of {b - a} rows for samples {a} to {b - 1}, got one of "
+                                 f"shape {tuple(x.shape)}")
+            x = x.reshape(b - a, x.numel() // (b - a))
+            if x.shape[1] == 0 or (known and (i >= len(known) or x.shape[1:] != known[i].shape)):
+                raise ValueError(f"source {s} returned features of size 0, or of other sizes than for sample 0")
+            yield x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if i + 1 != (len(known) if known else max(1, i + 1)):
+            raise ValueError(f"source {s} returned {i + 1} layers for samples {a} to {b - 1}, expected "
+                             f"{len(known) if known else 'one at least'}")
 
     def _centred(self, x, s, i):
         """x - first sample (overwritten) -> centred and scaled, in the type that is multiplied."""
@@ -1545,29 +1573,33 @@ class _CentredFeatures:
         for c in range(a, b, self.batch):
             yield c, min(c + self.batch, b)
 
-    def blocks(self, s, a, b):
-        """Yields (start, stop, list of (stop - start, p)) that cover samples a to b - 1 of source s."""
-        if self.kept is not None:
-            if a < b:
-                yield a, b, [x[a:b] for x in self.kept[s]]
+    def pieces(self, s, a, b):
+        """Yields (layer, start, stop, (stop - start, p)) that cover samples a to b - 1 of source s, all its layers."""
+        if self.kept is not None and a < b:
+            for i, x in enumerate(self.kept[s]):
+                yield i, a, b, x[a:b]
             return
         for c, d in self._chunks(a, b):
-            features = self._ask(s, c, d)
-            yield c, d, [self._centred(x - self.first[s][i], s, i) for i, x in enumerate(features)]
+            for i, x in enumerate(self._ask(s, c, d)):
+                yield i, c, d, self._centred(x - self.first[s][i], s, i)
 
     def rows(self, s, a, b):
         """The list of (b - a, p) of source s."""
+        if self.buffer is not None:  # one source after another, each asked for once: a and b are 0 and m
+            return self._load(s)
         if self.kept is not None:
-            return next(self.blocks(s, a, b))[2]
-        whole = None
-        for c, d, features in self.blocks(s, a, b):
-            whole = whole or [x.new_empty(b - a, x.shape[1]) for x in features]
-            for x, part in zip(whole, features):
-                x[c - a:d - a] = part
+            return [x[a:b] for x in self.kept[s]]
+        whole = [None] * self.sizes[s]
+        for i, c, d, x in self.pieces(s, a, b):
+            if whole[i] is None:
+                whole[i] = x.new_empty(b - a, x.shape[1])
+            whole[i][c - a:d - a] = x
         return whole
 
     def rows_that_fit(self, a):
         """How many rows, from row a, the memory has room for with all their tiles (and, if not kept, their features)."""
+        if self.buffer is not None:
+            return self.m
         width, layers = self.m - a, sum(self.sizes)
         tile = self.dtype.itemsize * width * (layers + 2)  # one row of every layer's tile; two for temporaries
         if self.kept is not None:
@@ -1610,20 +1642,26 @@ def _sum_over_pairs(features, m):
 
 
 def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
-    """Adds rows a to b - 1 of every layer's upper triangle, formed in `tiles`, to the sums of `_sum_over_pairs`."""
+    """Adds rows a to b - 1 of every layer's upper triangle, formed in `tiles`, to the sums of `_sum_over_pairs`.
+
+    Float32 sums are over 2,048 numbers at most.
+    """
     layer = 0
     for s, size in enumerate(features.sizes):
         _fill_tiles(features, s, a, b, m, tiles[layer:layer + size], progress)
         layer += size
-    for i, tile in enumerate(tiles):
-        corner = tile[:, :b - a]
-        diagonal[i, a:b] = corner.diagonal()
-        corner.triu_(1)
-        squares = tile.square()
-        rows[i, a:b] += squares.sum(1)
-        rows[i, a:] += squares.sum(0)
-        del squares
-    pairs += _inner_products(tiles.view(len(pairs), -1))
+    with _matmul_precision("float32"):
+        for r in range(a, b, 64):
+            strip = tiles[:, r - a:r - a + 64, r - a:]
+            end = r + strip.shape[1]
+            corner = strip[:, :, :end - r]
+            diagonal[:, r:end] = corner.diagonal(dim1=1, dim2=2)
+            corner.triu_(1)
+            rows[:, r:] += torch.linalg.vector_norm(strip, dim=1).square()
+            for part in strip.transpose(0, 1).split(2048, dim=2):
+                products = torch.bmm(part, part.transpose(1, 2))  # of all pairs of layers, in each of the strip's rows
+                rows[:, r:end] += products.diagonal(dim1=1, dim2=2).T
+                pairs += products.to(pairs.dtype).sum(0)
 
 
 def _fill_tiles(features, s, a, b, m, tiles, progress):
@@ -1633,11 +1671,11 @@ def _fill_tiles(features, s, a, b, m, tiles, progress):
         for x, tile in zip(own, tiles):
             _upper_triangle(x, tile[:, :b - a])
     progress.add((b - a) ** 2 // 2)
-    for c, d, others in features.blocks(s, b, m):
+    for i, c, d, x in features.pieces(s, b, m):
         with _matmul_precision(features.precision):
-            for x, y, tile in zip(own, others, tiles):
-                _multiply(x, y, tile[:, c - a:d - a])
-        progress.add((b - a) * (d - c))
+            _multiply(own[i], x, tiles[i, :, c - a:d - a])
+        if i == len(tiles) - 1:
+            progress.add((b - a) * (d - c))
 
 
 def _multiply(x, y, out):
@@ -1653,24 +1691,13 @@ def _multiply(x, y, out):
 def _upper_triangle(x, out):
     """The blocks of x @ x.T on and above the diagonal, by halves, so that little below it is computed."""
     n = len(x)
-    if n <= 128:
+    if n <= 64:
         _multiply(x, x, out)
     else:
         h = n // 2
         _multiply(x[:h], x[h:], out[:h, h:])
         _upper_triangle(x[:h], out[:h, :h])
         _upper_triangle(x[h:], out[h:, h:])
-
-
-def _inner_products(v, piece=2048):
-    """v @ v.T of v (L, n), n large: float32 products over short pieces, summed in float64."""
-    with _matmul_precision("float32"):
-        whole = v.shape[1] // piece * piece
-        total = (v[:, whole:] @ v[:, whole:].T).to(_wide(v.device))
-        for part in v[:, :whole].split(256 * piece, dim=1):
-            part = part.reshape(len(v), -1, piece).transpose(0, 1)
-            total += torch.bmm(part, part.transpose(1, 2)).to(total.dtype).sum(0)
-    return total
 
 
 @contextlib.contextmanager
@@ -1932,15 +1959,17 @@ def copy_params(model, images, view):
 def network_source(model, images, view=None, layers=slice(None)):
     """A source for `gram_statistics`: the representations of images, or of their augmented copy `view`.
 
-    `layers` picks among the network's representations, 32 or (with a head) 35 in depth order.
+    `layers`, a slice or indices in rising order, picks among the network's 32 or (with a head) 35 representations.
     """
+    wanted = set(range(35)[layers] if isinstance(layers, slice) else layers)
     params = None if view is None else copy_params(model, images, view)
 
     def source(start, stop):
         rows = slice(start, stop)
         inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
-        found = list(representations(model, inputs, any_order=True).values())
-        return found[layers] if isinstance(layers, slice) else [found[i] for i in layers]
+        for i, (_, x) in enumerate(stream_representations(model, inputs, any_order=True)):
+            if i in wanted:
+                yield x
 
     return source
 

@@ -437,7 +437,7 @@ def _fake_features(precision, kept):
     vars(features).update(m=300, batch=70, precision=precision, memory=2 << 20, device=layers[0].device,
                           dtype=torch.float32, sizes=[2], bytes=[705 * 4], sources=[source(layers)],
                           first=[[x[0] for x in layers]], shift=[[x.mean(0) for x in layers]],
-                          scale=[[1.0, 1.0]], kept=None)
+                          scale=[[1.0, 1.0]], kept=None, buffer=None)
     if kept:
         features.kept = [[features._centred(x - x[0], 0, i) for i, x in enumerate(layers)]]
     return features
@@ -1613,7 +1613,8 @@ def bench_cka():
     for m in (512, 1024, 2048, 4096):
         images = common.synthetic_images(m, seed=0)[0].to(device)
         inputs = common.imagenet_test(images, 32).contiguous(memory_format=torch.channels_last)
-        sources = [lambda a, b, n=n: list(common.representations(n, inputs[a:b], any_order=True).values()) for n in models]
+        sources = [lambda a, b, n=n: (x for _, x in common.stream_representations(n, inputs[a:b], any_order=True))
+                   for n in models]
         with torch.no_grad():
             forward = timed(lambda: [n(part) for n in models for part in inputs.split(256)], device)
         rate = 2 * 2048 ** 2 * 8192 / timed(lambda: x @ x.T, device, 5)
