@@ -1380,6 +1380,7 @@ def train_all(doc, method, presets, gradients):
 # Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples, between all
 # layers of any number of networks, in bounded memory. The normalisation of HSIC (m^2 - 1 or (m - 1)^2) cancels.
 import contextlib
+import inspect
 import math
 import os
 import sys
@@ -1441,14 +1442,15 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128):
         Features are centred first, which is what makes rounding harmless. Float64 features keep float64 products,
         except in "bfloat16".
     memory: bytes for features and Gram tiles; None: half of what is free on the features' device. If three quarters hold
-        all features, or the features of one source and all Grams, each source is asked once per sample; else features
-        are computed again, the less memory the more often.
+        all features, or all Grams and one layer's features (of lists: one source's), each source is asked once per
+        sample; else features are computed again, the less memory the more often.
     batch: samples per call of a source.
 
     How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Pass one finds each
     feature's mean. Pass two takes a block of rows at a time: the upper triangle's part of every layer's K' in these rows,
-    then all pairs of layers' products summed over it; the next block overwrites these tiles. Rows of K' sum to zero, so the
-    debiased estimator needs K's diagonal besides, nothing else.
+    then all pairs of layers' products summed over it; the next block overwrites these tiles. Where all Grams fit, there is
+    one block, and both passes are one. Rows of K' sum to zero, so the debiased estimator needs K's diagonal besides, nothing
+    else.
 
     ValueError for features that are not finite, or a source that changes its mind about shapes. Layers that are constant
     over samples get NaN and a warning.
@@ -1480,11 +1482,27 @@ def _normalise(hsic):
     return hsic / norms[:, None] / norms[None, :]
 
 
+class _Moments:
+    """Sum and range of one layer's features, added batch by batch.
+
+    They come as differences from the first sample: exactly zero for a constant, and accurate for any mean.
+    """
+
+    def __init__(self, first):
+        self.sums, self.low, self.high = 0.0, first.new_zeros(()), first.new_zeros(())
+
+    def add(self, x):
+        """Counts the samples x (n, p)."""
+        self.sums = self.sums + x.sum(0).to(_wide(x.device))
+        least, most = torch.aminmax(x)
+        self.low, self.high = torch.minimum(self.low, least), torch.maximum(self.high, most)
+
+
 class _CentredFeatures:
     """The features of all sources, centred over all samples and scaled per layer; kept, or computed when asked for."""
 
     def __init__(self, sources, m, precision, memory, batch):
-        self.sources, self.m, self.first = sources, m, []
+        self.sources, self.m, self.first, self.generators = sources, m, [], True
         for s in range(len(sources)):
             self.first.append([x[0].clone() for x in self._ask(s, 0, 1)])  # sample 0 of every layer
         self.sizes = [len(layers) for layers in self.first]
@@ -1495,59 +1513,65 @@ class _CentredFeatures:
         self.memory = free_memory(self.device) // 2 if memory is None else int(memory)
         self.bytes = [sum(x.nbytes for x in layers) for layers in self.first]  # of one sample, per source
         self.batch = max(1, min(batch, self.memory // 8 // max(self.bytes)))
-        self.shift, self.scale = [None] * len(sources), [None] * len(sources)  # per source, lists over layers
+        self.shift, self.scale = ([[] for _ in sources] for _ in range(2))  # per source, lists over layers
         self.kept = self.buffer = None
-        everything, one = m * sum(self.bytes), m * max(self.bytes)
-        grams = self.dtype.itemsize * m * m * (sum(self.sizes) + 2)  # whole matrices; two for temporaries
-        if len(sources) > 1 and one + grams / 2 < everything and one + grams <= 0.75 * self.memory:
-            self.buffer = torch.empty(one + 64 * max(self.sizes), dtype=torch.uint8, device=self.device)
+        everything, layer = m * sum(self.bytes), m * max(x.nbytes for x in everything)
+        one = layer + (2 * layer if self.generators else m * max(self.bytes))  # what `in_turn` needs
+        grams = self.dtype.itemsize * m * m * sum(self.sizes)
+        if one + grams / 2 < everything and one + grams <= 0.75 * self.memory:
+            self.buffer = torch.empty(layer, dtype=torch.uint8, device=self.device)
         elif everything <= 0.75 * self.memory:
-            self.kept = [self._load(s) for s in range(len(sources))]
-        else:
+            self.kept = [[x.new_empty(m, len(x)) for x in layers] for layers in self.first]
+        if self.buffer is None:
             for s in range(len(sources)):
                 self._measure(s)
+        for s, layers in enumerate(self.kept or []):
+            for i, x in enumerate(layers):
+                layers[i] = self._centred(x, s, i)
 
-    def _load(self, s):
-        """All features of source s, centred: the list of (m, p), in the buffer if there is one."""
-        buffer = self.buffer
-        if buffer is None:
-            buffer = torch.empty(self.m * self.bytes[s] + 64 * self.sizes[s], dtype=torch.uint8, device=self.device)
-        store, start = [], 0
-        for x in self.first[s]:
-            stop = start + self.m * x.nbytes
-            store.append(buffer[start:stop].view(x.dtype).view(self.m, len(x)))
-            start = -(-stop // 64) * 64
-        self._measure(s, store)
-        return [self._centred(x, s, i) for i, x in enumerate(store)]
-
-    def _measure(self, s, store=None):
-        """Pass one over source s: each feature's mean and each layer's range; puts the features into `store`, if given.
-
-        Sums are of differences from the first sample: exactly zero for a constant, and accurate for any mean.
-        """
+    def _measure(self, s):
+        """Pass one over source s: each layer's `shift` and `scale`; stores the features if they are kept."""
         first, progress = self.first[s], _Progress(f"CKA: features of source {s}", self.m)
-        sums = [0.0] * len(first)
-        low, high = ([x.new_zeros(()) for x in first] for _ in range(2))
+        moments = [_Moments(x) for x in first]
         for a, b in self._chunks(0, self.m):
             for i, x in enumerate(self._ask(s, a, b)):
-                x = torch.sub(x, first[i], out=store[i][a:b] if store else None)
-                sums[i] = sums[i] + x.sum(0).to(_wide(x.device))
-                least, most = torch.aminmax(x)
-                low[i], high[i] = torch.minimum(low[i], least), torch.maximum(high[i], most)
+                moments[i].add(torch.sub(x, first[i], out=self.kept[s][i][a:b] if self.kept else None))
             progress.add(b - a)
         progress.close()
-        spread = torch.stack([(h - l).cpu().double() for h, l in zip(high, low)])
-        for i in (~spread.isfinite()).nonzero().flatten().tolist():
+        for i in range(len(first)):
+            self._settle(s, i, moments[i])
+
+    def in_turn(self, s):
+        """Yields all samples of source s, (m, p) and centred, one layer after another, always in the same memory.
+
+        The source's calls for all batches go on side by side, each asked for one layer at a time: a generator holds no more
+        than it needs to compute the next.
+        """
+        asked = [(a, b, self._ask(s, a, b)) for a, b in self._chunks(0, self.m)]
+        for i, first in enumerate(self.first[s]):
+            whole, moments = self.buffer[:self.m * first.nbytes].view(first.dtype).view(self.m, len(first)), _Moments(first)
+            for a, b, layers in asked:
+                moments.add(torch.sub(next(layers), first, out=whole[a:b]))
+            self._settle(s, i, moments)
+            yield self._centred(whole, s, i)
+        for _, _, layers in asked:
+            next(layers, None)  # more layers than before are an error
+
+    def _settle(self, s, i, moments):
+        """Appends layer i's `shift`, its mean from the first sample on, and its `scale`, to those of source s."""
+        spread = moments.high.cpu().double() - moments.low.cpu().double()
+        if not spread.isfinite():
             raise ValueError(f"source {s}, layer {i}: features contain NaN or infinite values")
-        self.shift[s] = [(total / self.m).to(x.dtype) for total, x in zip(sums, first)]
+        self.shift[s].append((moments.sums / self.m).to(self.first[s][i].dtype))
         # a power of two that brings the features to about 1: exact, and no product can overflow or vanish
-        exponents = torch.frexp(spread).exponent.clamp(-120, 120)
-        self.scale[s] = [2.0 ** -e for e in exponents.tolist()]
+        self.scale[s].append(2.0 ** -torch.frexp(spread).exponent.clamp(-120, 120).item())
 
     def _ask(self, s, a, b):
         """Yields the source's features of samples a to b - 1, layer after layer, each (b - a, p) float32 or float64."""
         known, i = self.first[s] if len(self.first) > s else None, -1
-        for i, x in enumerate(self.sources[s](a, b)):
+        features = self.sources[s](a, b)
+        self.generators = self.generators and inspect.isgenerator(features)
+        for i, x in enumerate(features):
             x = torch.as_tensor(x)
             if x.ndim == 0 or len(x) != b - a:
                 raise ValueError(f"source {s} must return tensors of {b - a} rows for samples {a} to {b - 1}, got one of "
@@ -1585,8 +1609,6 @@ class _CentredFeatures:
 
     def rows(self, s, a, b):
         """The list of (b - a, p) of source s."""
-        if self.buffer is not None:  # one source after another, each asked for once: a and b are 0 and m
-            return self._load(s)
         if self.kept is not None:
             return [x[a:b] for x in self.kept[s]]
         whole = [None] * self.sizes[s]
@@ -1666,6 +1688,12 @@ def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
 
 def _fill_tiles(features, s, a, b, m, tiles, progress):
     """tiles (layers of source s, b - a, m - a) = rows a to b - 1 of its Gram matrices from column a on, upper triangle."""
+    if features.buffer is not None:  # a and b are 0 and m
+        for x, tile in zip(features.in_turn(s), tiles, strict=True):
+            with _matmul_precision(features.precision):
+                _upper_triangle(x, tile)
+            progress.add(m * m // 2 // len(tiles))
+        return
     own = features.rows(s, a, b)
     with _matmul_precision(features.precision):
         for x, tile in zip(own, tiles):

@@ -247,6 +247,40 @@ def test_cka_batch_and_memory():
             assert_close(getattr(got, name), getattr(want, name), 1e-6, f"{name}, batch {batch}, memory {memory}")
 
 
+def test_cka_layers_in_turn():
+    """Where all Grams take less memory than all features, batches go on side by side, a layer at a time: exact as ever."""
+    g, m = rng(), 130
+    layers, others = random_layers(g, m, [(900 + i,) for i in range(9)], 5), random_layers(g, m, [(800 + i,) for i in range(6)])
+    constant = torch.ones(m, 4)
+    order = []
+
+    def lazily(layers):
+        def features(start, stop):
+            for i, x in enumerate(layers):
+                order.append((start, stop, i))
+                yield x[start:stop]
+        return features
+
+    want = {debiased: literal_cka(layers + others, debiased) for debiased in (False, True)}
+    for make in (lazily, source):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            got = common.gram_statistics([make(layers), make(others + [constant])], m, precision="float32", batch=25,
+                                         memory=8_000_000)
+        assert got.constant == [15] and len(seen) == 1
+        assert_close(got.cka[:15, :15], want[False], 2e-5, "biased")
+        assert_close(got.debiased_cka[:15, :15], want[True], 2e-5, "debiased")
+    asked = [o for o in order if o[1] > 1][:6 * 9]
+    starts = [(a, min(a + 25, m)) for a in range(0, m, 25)]
+    assert asked == [(a, b, i) for i in range(9) for a, b in starts], "not layer after layer, or asked for twice"
+    broken = layers[:3] + [layers[3].index_fill(0, torch.tensor([77]), math.nan)] + layers[4:]
+    with raises(ValueError, "source 0", "layer 3"):
+        common.cka_matrix([lazily(broken), lazily(others)], m, memory=8_000_000)
+    for changed, words in ((layers[:5], "returned 5 layers"), (layers + others[1:], "source 0")):
+        with raises(ValueError, words):
+            common.cka_matrix([lambda a, b: (x[a:b] for x in (changed if b > 1 else layers))], m, memory=8_000_000)
+
+
 def test_cka_bfloat16():
     """Reduced precision is near the truth, is really another computation, and is never the explicit float32."""
     m = 200
@@ -437,7 +471,7 @@ def _fake_features(precision, kept):
     vars(features).update(m=300, batch=70, precision=precision, memory=2 << 20, device=layers[0].device,
                           dtype=torch.float32, sizes=[2], bytes=[705 * 4], sources=[source(layers)],
                           first=[[x[0] for x in layers]], shift=[[x.mean(0) for x in layers]],
-                          scale=[[1.0, 1.0]], kept=None, buffer=None)
+                          scale=[[1.0, 1.0]], kept=None, buffer=None, generators=False)
     if kept:
         features.kept = [[features._centred(x - x[0], 0, i) for i, x in enumerate(layers)]]
     return features
