@@ -1689,7 +1689,7 @@ def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
 def _fill_tiles(features, s, a, b, m, tiles, progress):
     """tiles (layers of source s, b - a, m - a) = rows a to b - 1 of its Gram matrices from column a on, upper triangle."""
     if features.buffer is not None:  # a and b are 0 and m
-        for x, tile in zip(features.in_turn(s), tiles, strict=True):
+        for x, tile in zip(features.in_turn(s), tiles, strict=True):  # strict: to the end of every source
             with _matmul_precision(features.precision):
                 _upper_triangle(x, tile)
             progress.add(m * m // 2 // len(tiles))

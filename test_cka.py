@@ -169,7 +169,7 @@ def source(layers, asked=None):
 
 def test_cka_literal():
     """linear_cka and cka_matrix equal Tr(KHLH) and Song's estimator in float64: p from 1 to 100 m, two sources."""
-    g, m = rng(), 150  # 150 is no multiple of the batch, nor of the 128 rows below which Grams are not halved
+    g, m = rng(), 150  # 150 is no multiple of the batch, nor of the 64 rows below which Grams are not halved
     for mean, tolerance in ((0.0, 2e-5), (100.0, 2e-4)):
         layers = random_layers(g, m, [(1,), (7,), (5, 6, 5), (15000,)], mean)
         for debiased in (False, True):
