@@ -1586,7 +1586,8 @@ class _CentredFeatures:
 
     def _centred(self, x, s, i):
         """x - first sample (overwritten) -> centred and scaled, in the type that is multiplied."""
-        x.sub_(self.shift[s][i]).mul_(self.scale[s][i])
+        scale = self.scale[s][i]
+        torch.addcmul(self.shift[s][i] * -scale, x, x.new_full((), scale), out=x)  # (x - shift) scale, in one go
         if self.precision == "bfloat16" and x.device.type == "cuda":
             return x.bfloat16()
         if self.precision == "bfloat16" and (x.dtype == torch.float64 or not has_bf16(x.device)):
@@ -1679,7 +1680,8 @@ def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
             corner = strip[:, :, :end - r]
             diagonal[:, r:end] = corner.diagonal(dim1=1, dim2=2)
             corner.triu_(1)
-            rows[:, r:] += torch.linalg.vector_norm(strip, dim=1).square()
+            for row in strip.unbind(1):
+                rows[:, r:].addcmul_(row, row)
             for part in strip.transpose(0, 1).split(2048, dim=2):
                 products = torch.bmm(part, part.transpose(1, 2))  # of all pairs of layers, in each of the strip's rows
                 rows[:, r:end] += products.diagonal(dim1=1, dim2=2).T
@@ -1707,25 +1709,36 @@ def _fill_tiles(features, s, a, b, m, tiles, progress):
 
 
 def _multiply(x, y, out):
-    """out = x @ y.T with float32 results (float64 for float64 inputs)."""
+    """out = x @ y.mT, of matrices or batches of them, with float32 results (float64 for float64 inputs)."""
     if x.dtype == torch.bfloat16:
-        out.copy_(torch.mm(x, y.T, out_dtype=torch.float32))
-    elif x.dtype == out.dtype and x.device.type != "cpu":
-        torch.mm(x, y.T, out=out)
+        product = torch.mm if x.ndim == 2 else torch.bmm
+        out.copy_(product(x, y.mT, out_dtype=torch.float32))
+    elif x.ndim == 2 and x.dtype == out.dtype and x.device.type != "cpu":
+        torch.mm(x, y.mT, out=out)
     else:  # a CPU's product into a part of a larger matrix takes a third longer than a copy does
-        out.copy_(x @ y.T)
+        out.copy_(x @ y.mT)
 
 
 def _upper_triangle(x, out):
-    """The blocks of x @ x.T on and above the diagonal, by halves, so that little below it is computed."""
-    n = len(x)
-    if n <= 64:
-        _multiply(x, x, out)
-    else:
-        h = n // 2
-        _multiply(x[:h], x[h:], out[:h, h:])
-        _upper_triangle(x[:h], out[:h, :h])
-        _upper_triangle(x[h:], out[h:, h:])
+    """The blocks of x @ x.T on and above the diagonal, by halves, so that little below it is computed.
+
+    Blocks of one size lie along the diagonal and are multiplied as one batch: small products one by one are slow.
+    """
+    levels = max(0, (len(x) // 64).bit_length() - 1)
+    size, whole = len(x) >> levels, len(x) >> levels << levels  # of the smallest blocks; what they cover
+
+    def blocks(count, size, column):  # of `out`: the first one starts in this column of row 0
+        step = whole // count * (out.stride(0) + 1)
+        return out.as_strided((count, size, size), (step, out.stride(0), 1), out.storage_offset() + column)
+
+    parts = x[:whole].view(-1, size, x.shape[1])
+    _multiply(parts, parts, blocks(len(parts), size, 0))
+    while size < whole:
+        parts = x[:whole].view(-1, 2, size, x.shape[1])
+        _multiply(parts[:, 0], parts[:, 1], blocks(len(parts), size, size))
+        size *= 2
+    if whole < len(x):
+        _multiply(x, x[whole:], out[:, whole:])
 
 
 @contextlib.contextmanager
