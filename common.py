@@ -1713,6 +1713,10 @@ def _multiply(x, y, out):
     if x.dtype == torch.bfloat16:
         product = torch.mm if x.ndim == 2 else torch.bmm
         out.copy_(product(x, y.mT, out_dtype=torch.float32))
+    elif (torch.backends.mkldnn.matmul.fp32_precision == "bf16" and x.ndim == 3
+          and x.stride(0) != x.shape[1] * x.shape[2]):  # oneDNN copies what does not lie side by side, MKL does not
+        for matrices in zip(x, y, out):
+            _multiply(*matrices)
     elif x.ndim == 2 and x.dtype == out.dtype and x.device.type != "cpu":
         torch.mm(x, y.mT, out=out)
     else:  # a CPU's product into a part of a larger matrix takes a third longer than a copy does
