@@ -1680,8 +1680,10 @@ def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
             corner = strip[:, :, :end - r]
             diagonal[:, r:end] = corner.diagonal(dim1=1, dim2=2)
             corner.triu_(1)
+            columns = torch.zeros_like(strip[:, 0])  # of their own: float32 sums stay short
             for row in strip.unbind(1):
-                rows[:, r:].addcmul_(row, row)
+                columns.addcmul_(row, row)
+            rows[:, r:] += columns
             for part in strip.transpose(0, 1).split(2048, dim=2):
                 products = torch.bmm(part, part.transpose(1, 2))  # of all pairs of layers, in each of the strip's rows
                 rows[:, r:end] += products.diagonal(dim1=1, dim2=2).T
@@ -1719,7 +1721,7 @@ def _multiply(x, y, out):
             _multiply(*matrices)
     elif x.ndim == 2 and x.dtype == out.dtype and x.device.type != "cpu":
         torch.mm(x, y.mT, out=out)
-    else:  # a CPU's product into a part of a larger matrix takes a third longer than a copy does
+    else:  # a CPU's product into a part of a larger matrix can take a third longer than a copy does
         out.copy_(x @ y.mT)
 
 
