@@ -32,7 +32,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -48,12 +50,19 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_activations
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 matplotlib.use("Agg")  # figures are written to files; no display is needed
 from matplotlib import pyplot as plt  # noqa: E402
 
-# ======================================================================================================================
-# 1. Errors, device, command line
-# ======================================================================================================================
+# ============================================================================================================
+# 1. Errors, files, device, command line
+# ============================================================================================================
+# What every script uses: one line instead of a traceback for all that a user can mend, files that are whole
+# or not there, the device, random generators that depend on a key alone, and argparse with plain errors.
 
 
 class UserError(Exception):
@@ -62,27 +71,107 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns `UserError` into one line on stderr and exit code 2; wraps each script's `main()`."""
+    """Turns what a user can mend into one line on stderr and exit code 2; wraps each script's `main()`."""
     try:
         yield
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as stop:
+        _leave(stop.code)
+    except KeyboardInterrupt:
+        _leave(130)
     except BrokenPipeError:  # the reader of our output went away: nothing left to say
         sys.stderr.close()
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder taken away: the machine's trouble, not the code's
-        print("error: " + " ".join(f"{error.filename or ''} {error.strerror or error}".split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(1)
+    except Exception as error:
+        if isinstance(error, UserError):
+            reason = str(error)
+        elif is_out_of_memory(error):
+            reason = "out of memory; lower --batch-size (in training --micro-batch), or --samples or --subset"
+        elif isinstance(error, OSError):  # a folder taken away, say: the machine's trouble, not the code's
+            reason = f"{error.filename or ''} {error.strerror or error}"
+        elif world_size() == 1:
+            raise
+        else:
+            traceback.print_exc()
+            _leave(1)
+        print("error: " + " ".join(reason.split()), file=sys.stderr)
+        _leave(2)
+
+
+def _leave(code):
+    """Ends the process; one of several at once, as tidying up would wait for kernels that never finish."""
+    if world_size() > 1:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def warn(text):
+    """One line on stderr."""
+    print("warning: " + text, file=sys.stderr)
+
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "defaultcpuallocator", "bad_alloc",
+                 "could not create a primitive", "could not create a memory", "alloc_failed", "new thread")
+
+
+def is_out_of_memory(error):
+    """True if an exception means that memory ran out: a GPU's, the system's, or what oneDNN asked for."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower() if isinstance(error, (RuntimeError, OSError)) else ""
+    return any(words in text for words in OUT_OF_MEMORY)
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(advice):
+    """Turns running out of memory into a UserError with `advice`: sizes in use and flags that help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory with {advice}") from None
+
+
+def write_atomically(path, write):
+    """`write(file)` fills a temporary binary file, which then becomes `path`: the old or the new, never half.
+
+    UserError with the cause, a full disk say, if it cannot be written; the old file is then still there.
+    """
+    path = Path(path)
+    process = f"{platform.node()}-{os.getpid()}"  # two that write one file must not share a temporary one
+    temporary = path.with_name(f"{path.name}.{process}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk
+        if not isinstance(cause, OSError):
+            raise
+        kept = "the previous file is kept" if path.exists() else "there is no earlier one"
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); {kept}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the new name too on the disk; Windows and some network drives cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors on one line and the module docstring kept as written."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, doc, **options):
+        super().__init__(description=doc, usage="%(prog)s [flags]", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -91,19 +180,19 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low=None, high=None, above=None):
     """An argparse type: a finite int or float, low <= value <= high, value > above."""
+    bounds = {"at least": low, "above": above, "at most": high}
+    bounds = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def parse(text):
         try:
             value = kind(text)
-            fits = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
+            fits = math.isfinite(value) and (low is None or value >= low)
+            fits = fits and (above is None or value > above) and (high is None or value <= high)
         except (ValueError, OverflowError):
             fits = False
-        bounds = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else ""]
-        bounds += [f"at most {high}" if high is not None else ""]
-        expected = " and ".join(b for b in bounds if b)
-        if not fits or (high is not None and value > high):
+        if not fits:
             name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {expected}".rstrip())
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}".rstrip())
         return value
 
     return parse
@@ -111,6 +200,7 @@ def number(kind, low=None, high=None, above=None):
 
 def pick_device(name=None):
     """torch.device for a name such as "cpu" or "cuda:1"; None: cuda, else mps, else cpu. Raises UserError."""
+    expected = "cpu, cuda, cuda:N or mps"
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -118,29 +208,30 @@ def pick_device(name=None):
         torch.empty(1, device=device).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).split("\n")[0][:120]
-        raise UserError(f"--device {name}: not usable here ({reason}); expected cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"--device {name}: not usable here ({reason}); expected {expected}") from None
     if device.type == "meta":
-        raise UserError("--device meta: holds no values; expected cpu, cuda, cuda:N or mps")
+        raise UserError(f"--device meta: holds no values; expected {expected}")
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # denormal gradients behind a zero gamma slow some CPUs by a fifth
     return device
 
 
 def generator_for(device, *key):
-    """torch.Generator on `device`, seeded by the key alone (numbers and strings), never by what ran before."""
+    """torch.Generator on `device`, seeded by the key alone (numbers, strings), never by what ran before."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def writable_folder(folder):
-    """Path of `folder`, created if needed; UserError if nothing can be written there."""
-    folder = Path(folder)
+    """Path of `folder`, `~` expanded, created if needed; UserError if nothing can be written there."""
     try:
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); give a folder you may write to") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows what ~ is
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {folder}: cannot write there ({reason}); give one you may write to") from None
 
 
 # ======================================================================================================================
@@ -423,7 +514,7 @@ def _shift_hue(x, turns):
     return out
 
 
-def _color_jitter(x, params):
+def color_jitter(x, params):
     """SimCLR's brightness, contrast, saturation and hue, in each image's own order, clipped after each.
 
     Every image takes the same path: its three blends in its order, each either before or after the hue, with factor 1
@@ -455,7 +546,7 @@ def _blur_matrix(size, kernel_size, sigma, active):
     return matrix.scatter_add_(2, source, weights[:, None].expand(-1, size, -1))
 
 
-def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params=None):
+def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params=None, jitter=color_jitter):
     """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), on the same device.
 
     Crop, flip, colour jitter of `strength`, gray, and (if `blur`) Gaussian blur with a kernel of size // 10 pixels,
@@ -468,8 +559,9 @@ def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params
     piece = max(4, 2 ** 18 // (3 * size * size))
     if images.device.type == "cpu" and len(images) > piece:  # a CPU is twice as fast on pieces that fit its cache
         pieces = [slice(start, start + piece) for start in range(0, len(images), piece)]
-        return torch.cat([simclr_augment(images[p], size, strength, blur, params=slice_params(params, p)) for p in pieces])
-    x = _color_jitter(_crop_resize_flip(images, size, params), params)
+        parts = [simclr_augment(images[p], size, strength, blur, None, slice_params(params, p), jitter) for p in pieces]
+        return torch.cat(parts)
+    x = jitter(_crop_resize_flip(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
@@ -609,9 +701,10 @@ def stream_representations(model, images, any_order=False):
             yield f"head.{i}", x
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 5. LARS and the learning-rate schedule
-# ======================================================================================================================
+# ============================================================================================================
+# The optimizer of both training scripts and its rate as a function of the step.
 
 
 class LARS(torch.optim.Optimizer):
@@ -620,15 +713,16 @@ class LARS(torch.optim.Optimizer):
         g <- gradient + weight_decay w;   t = eta |w| / |g|, or 1 if either norm is 0
         v <- momentum v + (lr t) g;       w <- w - v
 
-    1-d parameters (batch-norm gamma and beta, biases) get neither weight decay nor adaptation (t = 1). `lr` is the rate
-    of a step, already scaled for the batch. List operations only; nothing waits for the device.
+    1-d parameters (batch-norm gamma and beta, biases) get neither weight decay nor adaptation (t = 1). `lr` is
+    the rate of a step, already scaled for the batch. List operations only; nothing waits for the device.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("eta", eta)):
+        options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta)
+        for name, value in options.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"LARS: {name} is {value}; expected a finite number, at least 0")
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -639,58 +733,58 @@ class LARS(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             for adapted in (True, False):
-                some = [p for p in params if (p.ndim > 1) == adapted]
-                if some:
-                    self._update(some, [self.state[p]["momentum_buffer"] for p in some], adapted, group)
+                weights = [p for p in params if (p.ndim > 1) == adapted]
+                if not weights:
+                    continue
+                gradients = [p.grad for p in weights]
+                for p in weights:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in weights]
+                torch._foreach_mul_(buffers, group["momentum"])
+                if adapted:
+                    gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+                    w_norm = torch.stack(torch._foreach_norm(weights))
+                    g_norm = torch.stack(torch._foreach_norm(gradients))
+                    t = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1.0)
+                    torch._foreach_mul_(gradients, list((group["lr"] * t).unbind()))
+                    torch._foreach_add_(buffers, gradients)
+                else:
+                    torch._foreach_add_(buffers, gradients, alpha=group["lr"])
+                torch._foreach_sub_(weights, buffers)
         return loss
-
-    @staticmethod
-    def _update(params, buffers, adapted, group):
-        gradients = [p.grad for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        if adapted:
-            gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
-            w_norm = torch.stack(torch._foreach_norm(params))
-            g_norm = torch.stack(torch._foreach_norm(gradients))
-            t = torch.where((w_norm > 0) & (g_norm > 0), group["eta"] * w_norm / g_norm, 1.0)
-            torch._foreach_mul_(gradients, list((group["lr"] * t).unbind()))
-            torch._foreach_add_(buffers, gradients)
-        else:
-            torch._foreach_add_(buffers, gradients, alpha=group["lr"])
-        torch._foreach_sub_(params, buffers)
 
 
 def warmup_cosine(step, total_steps, warmup_steps):
-    """Learning-rate factor in [0, 1]: linear from 0 at step 0 to 1 at warmup_steps, cosine to 0 at total_steps."""
+    """Factor of the rate, in [0, 1]: linear from 0 to 1 at warmup_steps, then a cosine to 0 at total_steps."""
     if step < warmup_steps:
         return step / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 6. InfoNCE
-# ======================================================================================================================
+# ============================================================================================================
+# SimCLR's loss, Eq. (1), for one process or several.
 
 
 def info_nce(z1, z2, temperature):
-    """InfoNCE, Eq. (1), averaged over the 2N anchors: a 0-d float32 tensor, ln(2N - 1) for indistinguishable views.
+    """InfoNCE, Eq. (1), averaged over the 2N anchors: a 0-d float32 tensor, ln(2N - 1) for equal views.
 
-    z1, z2 (N, d): row i of each is a view of image i; computed in float32 whatever their dtype. With torch.distributed
-    initialised the rows are this rank's share, every rank's views are compared with, and the mean over ranks of the
-    result (and of its gradient, as DistributedDataParallel takes it) is that of one process with the whole batch.
-    ValueError for unequal shapes or a temperature that is not above 0.
+    z1, z2 (N, d): row i of each is a view of image i; computed in float32 whatever their dtype. With
+    torch.distributed initialised the rows are this rank's share, every rank's views are compared with, and the
+    mean over ranks of the result (and of its gradient, as DistributedDataParallel takes it) is that of one process
+    with the whole batch. ValueError for unequal shapes or a temperature that is not above 0.
     """
     return info_nce_and_accuracy(z1, z2, temperature)[0]
 
 
 def info_nce_and_accuracy(z1, z2, temperature):
-    """`info_nce` and the share of anchors, 0-d in [0, 1], whose own partner is the most similar of all 2N - 1 views."""
+    """`info_nce`, and the share of anchors (0-d, in [0, 1]) whose partner is the nearest of all 2N - 1 views."""
     if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(f"info_nce needs two (N, d) tensors of the same shape, got {tuple(z1.shape)}, {tuple(z2.shape)}")
+        raise ValueError(f"info_nce needs two (N, d) tensors, got {tuple(z1.shape)} and {tuple(z2.shape)}")
     if not temperature > 0:
         raise ValueError(f"info_nce: temperature is {temperature}; expected a number above 0")
     with torch.autocast(z1.device.type, enabled=False):
@@ -704,9 +798,10 @@ def info_nce_and_accuracy(z1, z2, temperature):
         return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
 
 
-# ======================================================================================================================
-# 7. Distributed helpers: without torchrun, one process with rank 0 of 1
-# ======================================================================================================================
+# ============================================================================================================
+# 7. Distributed helpers
+# ============================================================================================================
+# What training and InfoNCE need to know of torchrun's processes; without it, one process with rank 0 of 1.
 
 
 def world_size():
@@ -725,8 +820,29 @@ def print0(*values):
         print(*values, flush=True)
 
 
+def rank0_first(work):
+    """`work()` by rank 0, then by the others; after a UserError of rank 0 all stop, and it alone says why."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+    if world_size() > 1:
+        failed = [error is not None]
+        dist.broadcast_object_list(failed, src=0)
+        if rank() > 0 and failed[0]:
+            sys.exit(2)
+    if error:
+        raise error
+    return result if rank() == 0 else work()
+
+
 class _Gather(torch.autograd.Function):
-    """all_gather whose gradient sums what every rank's loss says about this rank's rows."""
+    """all_gather whose gradient sums what every rank's loss says about this rank's rows.
+
+    torch.distributed.nn.functional.all_gather is the same but deprecated, and its successor is private.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -742,15 +858,15 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Every rank's rows of x (n, d), in rank order: (world_size n, d), with a gradient; x itself in one process."""
+    """Every rank's rows of x (n, d), in rank order: (world_size n, d), with a gradient; alone, x itself."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
 @contextlib.contextmanager
 def distributed(device_name):
     """Joins the processes that torchrun started, if it did; yields this process's device."""
-    if "LOCAL_RANK" not in os.environ:
-        yield pick_device(device_name)
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        yield pick_device(device_name)  # a LOCAL_RANK alone is some other program's leftover
         return
     if device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -758,11 +874,13 @@ def distributed(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
     try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise UserError(f"cannot join torchrun's processes ({reason}); without torchrun, unset RANK") from None
+    yield device
+    dist.destroy_process_group()  # after success only: without a lost rank, kernels never finish
 
 
 # ======================================================================================================================
@@ -771,19 +889,8 @@ def distributed(device_name):
 
 
 def save_atomically(content, path):
-    """torch.save to a temporary file, flushed to the disk, then renamed: `path` is the old or the new file, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """torch.save through `write_atomically`: `path` is the old or the new file, never half of one."""
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def read_file(path, device, advice):
@@ -903,54 +1010,75 @@ def some_of(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 9. Training
-# ======================================================================================================================
+# ============================================================================================================
+# What both training scripts use around their loops: flags, the settings that a checkpoint keeps, the order of
+# the images, batch norm that does not count, and `Run`, which resumes, logs, saves and heeds signals.
 
 
 def training_arguments(doc, presets, argv=None):
-    """Parsed flags of a training script: the preset's values wherever a flag is not given. Exits with 2 if impossible."""
-    parser = Parser(doc)
-    add = parser.add_argument
-    count = number(int, low=1)
-    add("--preset", choices=list(presets), default="paper", help="values of all flags not given (default: paper)")
-    add("--data", help="CIFAR-10 folder, folder with train/<class>/ and test/<class>/ images, or synthetic (default: data)")
-    add("--out", help="folder for checkpoints and logs (default: checkpoints/<preset>)")
-    add("--seeds", type=number(int, low=0), nargs="+", help="one network per seed, trained one after another (App. A: 3)")
-    add("--epochs", type=count, help="passes over the training images (App. A)")
-    add("--batch-size", type=count, help="images per step, over all processes (App. A)")
-    add("--micro-batch", type=count, help="images per forward and backward, per process: lower it to save memory")
-    add("--checkpoint-activations", action="store_true",
-        help="save memory by computing activations twice, the batch in one piece: exact, batch norm included")
-    add("--image-size", type=number(int, low=8), help="pixels, training and test (footnote 3: 224; SimCLR B.9: 32)")
-    add("--stem", choices=("imagenet", "cifar"), help="7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)")
-    add("--lr", type=number(float, low=0), help="learning rate per 256 images: the peak is lr * batch-size / 256")
-    add("--weight-decay", type=number(float, low=0), help="L2 factor; batch norm and biases are exempt")
-    add("--warmup-epochs", type=number(float, low=0), help="epochs of linear warmup (App. A)")
-    if "temperature" in presets["paper"]:
-        add("--temperature", type=number(float, above=0), help="tau of Eq. (1)")
-    add("--subset", type=count, help="training images used, a fixed random choice (default: all)")
-    add("--checkpoint-every", type=count, help="epochs between checkpoints")
-    add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
-    add("--precision", choices=("fp32", "bf16"), help="of products in training (default: bf16 where hardware has it)")
-    add("--compile", action="store_true", help="torch.compile the network; pays on GPUs")
+    """The flags of a training script, the preset's values where not given; exits with 2 if impossible."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = Parser(doc, add_help=False)  # finds the preset, whose values are the other flags' defaults
+    first.add_argument("--preset", choices=list(presets), default="paper",
+                       help="where the other flags' defaults come from (default: %(default)s)")
+    preset = presets[first.parse_known_args(argv)[0].preset]
+    parser = Parser(doc, parents=[first])
+    add_training_flags(parser, "temperature" in preset)
+    parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    given = {name for name, value in vars(args).items() if value is not None}
-    for name, value in presets[args.preset].items():
-        if name not in given:
-            setattr(args, name, value)
+    given = {word.split("=")[0] for word in argv}
     if args.warmup_epochs > args.epochs:
-        if "warmup_epochs" in given:
+        if "--warmup-epochs" in given:
             parser.error(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
-        args.warmup_epochs = args.epochs / 2  # a short run by flags alone: the preset's warmup must leave room
+        args.warmup_epochs = args.epochs / 2  # the preset's warmup must leave room in a run made shorter
     if args.checkpoint_activations and args.compile:
         parser.error("--compile: torch cannot compile what --checkpoint-activations does; give one of them")
-    if args.checkpoint_activations and "micro_batch" not in given:
+    if args.checkpoint_activations and "--micro-batch" not in given:
         args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
     if len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds {args.seeds}: each seed once")
     args.out = args.out or f"checkpoints/{args.preset}"
     return args
+
+
+def add_training_flags(parser, contrastive):
+    """The flags of both training scripts, in three groups."""
+    count, positive = number(int, low=1), number(float, low=0)
+
+    def group(title):
+        titled = parser.add_argument_group(title)
+
+        def add(flag, help, **options):
+            text = help if "(default" in help or "action" in options else f"{help} (default: %(default)s)"
+            titled.add_argument(flag, help=text, **options)
+
+        return add
+
+    add = group("what is trained")
+    add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
+    add("--seeds", "one network per seed, one after another (App. A: 3)", type=number(int, low=0), nargs="+")
+    add("--epochs", "passes over the training images (App. A)", type=count)
+    add("--lr", "learning rate per 256 images: the peak is lr * batch-size / 256", type=positive)
+    add("--weight-decay", "L2 factor; batch norm and biases are exempt", type=positive)
+    add("--warmup-epochs", "epochs of linear warmup (App. A)", type=positive)
+    if contrastive:
+        add("--temperature", "tau of Eq. (1)", type=number(float, above=0))
+    add("--stem", "7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)", choices=("imagenet", "cifar"))
+    add = group("size and memory")
+    add("--image-size", "pixels, training and test (footnote 3: 224; SimCLR B.9: 32)", type=number(int, low=8))
+    add("--subset", "training images used, a fixed random choice (default: all)", type=count)
+    add("--batch-size", "images per step, over all processes (App. A)", type=count)
+    add("--micro-batch", "images per forward and backward, per process: lower it to save memory", type=count)
+    add("--checkpoint-activations", "save memory by computing activations twice, the batch in one piece: exact, "
+        "batch norm included", action="store_true")
+    add = group("where and how")
+    add("--out", "folder for checkpoints and logs (default: checkpoints/<preset>)")
+    add("--checkpoint-every", "epochs between checkpoints", type=count)
+    add("--device", "cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
+    add("--precision", "of products (default: bf16 where hardware has it, else fp32)", choices=("fp32", "bf16"))
+    add("--compile", "torch.compile network and colour augmentation; pays on GPUs", action="store_true")
 
 
 # The settings of a run: all that its result depends on, and what a figure needs to know.
@@ -959,77 +1087,69 @@ SETTINGS = ("preset data epochs batch_size micro_batch checkpoint_activations im
 
 
 def run_settings(args, method, seed, data, device):
-    """The settings dict (plain types only) of one run; UserError if the batch does not fit the data or the ranks."""
-    n = len(data.train_images)
-    if args.subset and args.subset > n:
-        raise UserError(f"--subset {args.subset}: the training set has {n} images")
-    n = args.subset or n
+    """The settings dict (plain types only) of a run; UserError for what data, device or processes forbid."""
+    total, processes = len(data.train_images), world_size()
+    n = args.subset or total
+    local, micro_batch = args.batch_size // processes, min(args.micro_batch, args.batch_size)
+    if n > total:
+        raise UserError(f"--subset {n}: the training set has {total} images")
     if args.batch_size > n:
         raise UserError(f"--batch-size {args.batch_size}: the run uses {n} training images; give at most that")
-    if args.batch_size % world_size():
-        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {world_size()} processes")
-    if args.batch_size // world_size() < 2:
+    if args.batch_size % processes:
+        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {processes} processes")
+    if local < 2:
         raise UserError(f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process")
+    if method == "supervised" and 1 in (local % micro_batch, min(local, micro_batch)):
+        raise UserError(f"--micro-batch {micro_batch}: leaves a piece of 1 image, too few for batch norm")
+    if args.compile and processes > 1:
+        raise UserError(f"--compile: does not work with several processes ({processes} here); leave it out")
+    if args.precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise UserError(f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")
     settings = {name: getattr(args, name, None) for name in SETTINGS}
+    if args.data != "synthetic":
+        settings["data"] = str(Path(args.data).expanduser().absolute())
     settings["precision"] = args.precision or ("bf16" if has_bf16(device) else "fp32")
-    settings["micro_batch"] = min(args.micro_batch, args.batch_size)
-    local = args.batch_size // world_size()
-    if method == "supervised" and 1 in (local % settings["micro_batch"], min(local, settings["micro_batch"])):
-        raise UserError(f"--micro-batch {settings['micro_batch']}: leaves a piece of 1 image, too few for batch norm")
+    settings["micro_batch"] = micro_batch
     mean, std = channel_statistics(data.train_images)
     return settings | {"method": method, "seed": seed, "train_images": n, "classes": list(data.classes),
                        "mean": list(mean), "std": list(std)}
 
 
 def steps_until(epoch, n, batch_size):
-    """Steps after which `epoch` passes over n images are complete. Batches cross the ends of epochs, as in SimCLR."""
+    """Steps until `epoch` passes over n images are complete. Batches cross ends of epochs, as in SimCLR."""
     return -(-epoch * n // batch_size)
 
 
-class Order:
-    """The endless stream of training images: one permutation after another, each a function of seed and epoch only."""
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n, total, device):
+    """Indices (n,) int64 on `device` of the training images in an epoch: a permutation of n of the `total`."""
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort().values  # any seed's
+    return chosen[torch.randperm(n, generator=generator_for("cpu", "order", seed, epoch))].to(device)
 
-    def __init__(self, seed, n, total, device):
-        self.seed, self.n, self.device, self.known = seed, n, device, {}
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n]  # --subset: same for every seed
-        self.chosen = chosen.sort().values.to(device)
 
-    def __getitem__(self, stream):
-        """Indices (int64, on the device) of the images at positions stream.start to stream.stop - 1."""
-        first, last = stream.start // self.n, (stream.stop - 1) // self.n
-        epochs = range(first, last + 1)
-        self.known = {e: self.known[e] if e in self.known else self._permutation(e) for e in epochs}
-        joined = torch.cat([self.known[e] for e in epochs])
-        return joined[stream.start - first * self.n:stream.stop - first * self.n]
-
-    def _permutation(self, epoch):
-        return self.chosen[torch.randperm(self.n, generator=generator_for("cpu", "order", self.seed, epoch)).to(self.device)]
+def images_of_step(step, batch_size, seed, n, total, device):
+    """Indices (batch_size,) of a step's images, from the endless stream of the epochs' permutations."""
+    start, stop = step * batch_size, (step + 1) * batch_size
+    first = start // n
+    epochs = [epoch_order(seed, epoch, n, total, device) for epoch in range(first, (stop - 1) // n + 1)]
+    return torch.cat(epochs)[start - first * n:stop - first * n]
 
 
 @contextlib.contextmanager
-def frozen_statistics(model):
-    """Batch norm normalises with the batch's statistics as in training, but leaves its running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+def not_counting(module):
+    """Batch norm normalises as in training, but its running statistics and its count stay as they are.
+
+    For passes that repeat another. Momentum 0, not absent running statistics: without them SyncBatchNorm takes
+    its input's dtype for its sums and fails in bf16.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
+    for norm, _, count in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
-@contextlib.contextmanager
-def recomputing(block):
-    """Batch norm computes again what it computed before, all the same, but counts nothing."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in before:
+        for norm, momentum, count in norms:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
@@ -1037,339 +1157,339 @@ def checkpoint_blocks(model):
     """Makes each bottleneck keep only its input and compute its activations again in the backward pass."""
     for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
         for block in layer:
-            contexts = functools.partial(lambda b: (contextlib.nullcontext(), recomputing(b)), block)
+            contexts = functools.partial(lambda b: (contextlib.nullcontext(), not_counting(b)), block)
             block.forward = functools.partial(recompute_activations, block.forward, use_reentrant=False,
                                               context_fn=contexts, preserve_rng_state=False)
 
 
-class Stop:
-    """Turns SIGTERM and SIGINT into a question asked once per step; a second signal ends the process as usual."""
+@contextlib.contextmanager
+def caught_signals():
+    """A list to which SIGTERM and SIGINT add their numbers; a second one ends the process as usual."""
+    caught, previous = [], {}
 
-    def __init__(self):
-        self.signal, self.previous = None, {}
+    def note(signum, _):
+        caught.append(signum)
+        signal.signal(signum, previous[signum])
 
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _):
-        self.signal = number
-        signal.signal(number, self.previous[number])
-
-    def asked(self):
-        """True on every rank once any rank got a signal."""
-        if world_size() == 1:
-            return self.signal is not None
-        flag = torch.tensor([float(self.signal is not None)])  # on the CPU: gloo, no wait for the GPU
-        dist.all_reduce(flag)
-        return bool(flag > 0)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        previous[signum] = signal.signal(signum, note)
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 class Log:
-    """The JSON-lines file beside a checkpoint: one record for the run, one per epoch. Only rank 0 writes."""
+    """The JSON-lines file beside a checkpoint, written by rank 0: a record of the run, then one per epoch.
+
+    Locked while open, where the system can: a second run of the same network is a UserError.
+    """
 
     def __init__(self, path):
-        self.path = path
+        self.file, self.locked = None, False
+        if rank() == 0:
+            self.file = open(path, "a+b")
+            try:
+                if fcntl:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.locked = True
+            except BlockingIOError:
+                self.file.close()
+                raise UserError(f"{path}: another process trains this network; wait for it or stop it, or give "
+                                "another --out") from None
+            except OSError:  # a file system without locks
+                pass
 
-    def start(self, settings, device):
-        """A new file with the run's record: settings, git commit, versions, device."""
-        self._replace([self._run_record(device) | {"settings": settings}])
-
-    def resume(self, epoch, device):
-        """Drops records of epochs after `epoch`, which will be run again, and notes where the run goes on."""
-        records = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a line cut short by a kill
-                    records.append(dict(json.loads(line)))
-        records = [r for r in records if r.get("epoch", 0) <= epoch]
-        self._replace(records + [{"resumed_after_epoch": epoch} | self._run_record(device)])
+    def start(self, epoch, device, record):
+        """Drops what follows `epoch` (-1: everything), which will be run again; appends the run's record."""
+        if self.file:
+            kept = 0
+            self.file.seek(0)
+            for line in self.file:
+                with contextlib.suppress(ValueError, AttributeError):  # a damaged line belongs to no epoch
+                    if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
+                        break
+                kept += len(line)
+            self.file.truncate(kept)
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent) if shutil.which("git") else None
+        self.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": git and git.stdout.strip() or None,
+                    "torch": torch.__version__, "torchvision": torchvision.__version__,
+                    "python": platform.python_version(), "device": device_name(device),
+                    "world_size": world_size(), "threads": torch.get_num_threads()} | record)
 
     def write(self, record):
         """Appends one record."""
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def _replace(self, records):
-        if rank() == 0:
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
-            os.replace(temporary, self.path)
-
-    @staticmethod
-    def _run_record(device):
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent) if shutil.which("git") else None
-        return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": git.stdout.strip() or None if git else None,
-                "torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-                "world_size": world_size(), "threads": torch.get_num_threads()}
+        if self.file:
+            self.file.write((json.dumps(record) + "\n").encode())
+            self.file.flush()
 
 
-class Batch(NamedTuple):
-    """This rank's share of one step: images uint8 (n, 3, h, w), labels (n,), and how to draw augmentation parameters."""
+def device_name(device):
+    """What a person calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    draw: object
 
-    def params(self, make, view=0, **options):
-        """`make`'s parameters for these images: drawn for the whole batch from (seed, step, view), then this rank's rows."""
-        return self.draw(make, view, options)
+def duration(seconds):
+    """ "45 s", "12 min", "3.4 h" or "5.2 days"."""
+    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class Progress:
+    """How fast a run is, from rank 0: said once for all of it, and at a terminal on a line rewritten each second."""
+
+    def __init__(self, run):
+        self.run, self.told, self.shown, self.since = run, False, 0.0, (time.perf_counter(), run.step)
+        self.terminal = sys.stderr.isatty() and rank() == 0
+        self.timer = threading.Timer(30, self.tell, ["more than", 30])  # if the first step takes very long
+        self.timer.daemon = True
+        self.timer.start()
+
+    def after_step(self):
+        """Says what is due. Waits for the device twice in a run, and at a terminal once a second."""
+        run, now = self.run, time.perf_counter()
+        seconds, steps = now - self.since[0], run.step - self.since[1]
+        self.timer.cancel()
+        if not self.told and seconds > 5:
+            run.loss.item()
+            self.told = True
+            self.tell("about", (time.perf_counter() - self.since[0]) / steps)
+        elif not self.told and run.step == run.first_step + 1:  # loading libraries is no measure of the rest
+            run.loss.item()
+            self.since = time.perf_counter(), run.step
+        if self.terminal and now - self.shown > 1:
+            self.show(run.loss.item())
+
+    def tell(self, how_long, seconds_per_step):
+        """A line with the time that the rest of the run will take."""
+        rest = self.run.total_steps - self.run.step
+        self.clear()
+        print0(f"{self.run.name}: {how_long} {duration(rest * seconds_per_step)} for {rest} steps")
+
+    def show(self, loss):
+        """Writes the line anew."""
+        run, begin, end = self.run, self.run.end_of(self.run.epoch), self.run.end_of(self.run.epoch + 1)
+        seconds = run.spent / (run.step - begin)
+        line = (f"epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}  loss {loss:.4f}  "
+                f"{run.settings['batch_size'] / seconds:.0f} images/s  {duration((end - run.step) * seconds)} left "
+                f"in the epoch, {duration((run.total_steps - run.step) * seconds)} in the run")
+        self.clear()
+        print(line[:shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+        self.shown = time.perf_counter()
+
+    def clear(self):
+        """Takes the line away."""
+        if self.terminal:
+            blank = " " * (shutil.get_terminal_size().columns - 1)
+            print(f"\r{blank}\r", end="", file=sys.stderr, flush=True)
 
 
 class Run:
-    """One network in training: everything that a checkpoint holds, and the step, epoch and file operations on it."""
+    """One network in training, from outside its loop: where it is, its files, and what follows every step.
 
-    def __init__(self, args, settings, data, device):
-        self.settings, self.data, self.device, self.args = settings, data, device, args
+    A script calls `prepare`, loops `for epoch in range(run.epoch, run.epochs)` and `for step in run.steps()`,
+    gives each step's result to `count` and ends an epoch with `end_epoch`. The weights are a function of the
+    settings alone: killed at any moment and started again on the same device, training ends in the same bits.
+    """
+
+    def __init__(self, args, settings, data, device, log, signals):
+        self.args, self.settings, self.device, self.log, self.signals = args, settings, device, log, signals
         self.name = f"{settings['method']}_seed{settings['seed']}"
         self.path = Path(args.out) / f"{self.name}.pt"
-        self.log = Log(self.path.with_suffix(".jsonl"))
-        self.n, self.batch, self.epochs = settings["train_images"], settings["batch_size"], settings["epochs"]
-        self.total = steps_until(self.epochs, self.n, self.batch)
-        self.warmup = int(settings["warmup_epochs"] * self.n // self.batch)
-        self.peak = settings["lr"] * self.batch / 256
-        self.order = Order(settings["seed"], self.n, len(data.train_images), device)
-        local = self.batch // world_size()
+        self.n, self.batch_size, self.epochs = (settings[k] for k in ("train_images", "batch_size", "epochs"))
+        self.total_images = len(data.train_images)
+        self.total_steps = self.end_of(self.epochs)
+        self.warmup_steps = int(settings["warmup_epochs"] * self.n // self.batch_size)
+        local = self.batch_size // world_size()
         self.rows = slice(rank() * local, (rank() + 1) * local)  # this rank's part of each batch
-        self.epoch = self.step = 0
+        self.epoch = self.step = self.first_step = 0
         self.spent = 0.0  # seconds in the current epoch
         self.sums = torch.zeros(3, device=device)  # losses, accuracies, steps of the current epoch
         self.bad_step = torch.full((), -1, device=device)  # first step whose loss was not finite
+        self.stopped, self.progress = False, None
 
-    def build(self, checkpoint):
-        """The network and optimizer, new or from `checkpoint`, and the wrappers that the flags ask for."""
-        s = self.settings
-        self.model = build_model(s["method"], s["stem"], len(s["classes"]), s["seed"])
+    def end_of(self, epoch):
+        """Steps until `epoch` epochs are over."""
+        return steps_until(epoch, self.n, self.batch_size)
+
+    def prepare(self, model, optimizer):
+        """The network as a loop calls it: as in the checkpoint if there is one, wrapped as the flags ask."""
+        self.model, self.optimizer = model.train(), optimizer
+        checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
+        if checkpoint and checkpoint["epoch"] >= self.epochs:
+            self.epoch = checkpoint["epoch"]
+            print0(f"{self.path}: finished, {self.epochs} epochs; skipped")
+            return model
+        print0(f"{self.path}: {self.settings['precision']} on {device_name(self.device)}, {world_size()} "
+               f"process{'es' * (world_size() > 1)}, {self.total_steps} steps of {self.batch_size} images")
         if checkpoint:
-            load_weights(self.model, checkpoint, self.path)
-        if world_size() > 1 and self.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = LARS(trained, self.peak, weight_decay=s["weight_decay"])
-        if checkpoint:
+            load_weights(model, checkpoint, self.path)
             try:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
                 self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             except (KeyError, ValueError, AttributeError) as error:
-                raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to start again") from None
-            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-        if s["checkpoint_activations"]:
-            checkpoint_blocks(self.model)
+                raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to start "
+                                "again") from None
+            self.epoch, self.step, self.first_step = checkpoint["epoch"], checkpoint["step"], checkpoint["step"]
+            print0(f"{self.path}: resumed after epoch {self.epoch} of {self.epochs}, step {self.step} of "
+                   f"{self.total_steps}")
+            self.log.start(self.epoch, self.device, {"resumed_after_epoch": self.epoch})
+        else:
+            self.log.start(-1, self.device, {"settings": self.settings})
+        if self.settings["checkpoint_activations"]:
+            checkpoint_blocks(model)
         if self.args.compile:
-            self.model.compile()  # in place: parameter names stay as they are
-        self.network, self.no_sync = self.model, contextlib.nullcontext
-        if world_size() > 1:
-            parallel = nn.parallel.DistributedDataParallel  # each rank keeps its own running statistics between saves
-            new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # its name from torch 2.14 on
-            self.network = parallel(self.model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-            self.no_sync = self.network.no_sync
+            model.compile()  # in place: parameter names stay as they are
+        return for_all_ranks(model, self.device)
 
-    def autocast(self):
-        """The context of the network's forward pass: bf16 products if the settings say so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bf16")
+    def images_of(self, step):
+        """Indices (int64, on the device) of this rank's training images in a step; from seed and step only."""
+        seed = self.settings["seed"]
+        return images_of_step(step, self.batch_size, seed, self.n, self.total_images, self.device)[self.rows]
 
-    def next_batch(self):
-        """The next step's `Batch`; a function of seed and step only."""
-        images, step, seed = self.data.train_images, self.step, self.settings["seed"]
-        chosen = self.order[step * self.batch:(step + 1) * self.batch][self.rows]
+    def steps(self):
+        """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
+        self.progress = self.progress or Progress(self)
+        started, end = time.perf_counter() - self.spent, self.end_of(self.epoch + 1)
+        while self.step < end:
+            yield self.step
+            self.step += 1
+            self.spent = time.perf_counter() - started
+            self.progress.after_step()
+            self.stopped = any_rank(bool(self.signals))
+            if self.stopped and self.step < end:  # at its end the epoch is counted first
+                self.save()
 
-        def draw(make, view, options):
-            generator = generator_for(self.device, "augmentation", seed, step, view)
-            return slice_params(make(self.batch, *images.shape[2:], self.device, generator, **options), self.rows)
+    def count(self, loss, accuracy):
+        """Notes the loss and accuracy of a step, both 0-d on the device; nothing in it waits."""
+        self.loss = loss.detach()
+        self.bad_step = torch.where((self.bad_step < 0) & ~self.loss.isfinite(), self.step, self.bad_step)
+        self.sums += torch.stack([self.loss, accuracy, torch.ones_like(self.loss)])
 
-        return Batch(images[chosen], self.data.train_labels[chosen], draw)
-
-    def take_step(self, gradients):
-        """One optimizer step. Nothing in it waits for the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * warmup_cosine(self.step, self.total, self.warmup)
-        loss, accuracy = gradients(self, self.next_batch())
-        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), self.step, self.bad_step)
-        self.sums += torch.stack([loss, accuracy, torch.ones_like(loss)])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-
-    def refuse_if_not_finite(self):
-        """UserError naming the first step whose loss was not finite, or if a weight is not; on every rank alike."""
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
-        bad = torch.stack([self.bad_step, torch.where(finite, -1, self.step)])
-        if world_size() > 1:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        loss_step, weight_step = bad.tolist()
-        if loss_step >= 0 or weight_step >= 0:
-            what = f"the loss of step {loss_step}" if loss_step >= 0 else f"a weight after step {weight_step}"
-            raise UserError(f"{self.name}: {what} (of {self.total}) is not finite; stopped, the last good checkpoint is "
-                            "kept; lower --lr or raise --warmup-epochs")
-
-    def save(self):
-        """Writes the checkpoint; a file that cannot be written leaves the previous one as it was."""
-        self.refuse_if_not_finite()
-        average_statistics(self.model)
-        if world_size() > 1:  # the file must not depend on how many ranks there are
-            dist.all_reduce(self.sums)
-            self.sums /= world_size()
-        if rank() == 0:
-            weights = self.model.state_dict()
-            try:
-                save_atomically({
-                    "settings": self.settings, "epoch": self.epoch, "step": self.step, "sums": self.sums, "spent": self.spent,
-                    "backbone": {name: value for name, value in weights.items() if not name.startswith("fc.")},
-                    "head": {name[3:]: value for name, value in weights.items() if name.startswith("fc.")},
-                    "optimizer": self.optimizer.state_dict()}, self.path)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"{self.path}: cannot be written ({error}); the previous checkpoint is kept") from None
-
-    def end_epoch(self):
-        """Counts, logs and prints the epoch that the last step completed."""
-        self.refuse_if_not_finite()
-        sums = self.sums.clone()
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        loss, accuracy, steps = sums.tolist()  # the wait for the device that ends an epoch
+    def end_epoch(self, **measured):
+        """Logs and prints the epoch that the last step ended, with what was `measured`; saves if it is time."""
+        refuse_if_not_finite(self)
+        loss, accuracy, steps = sum_over_ranks(self.sums.clone()).tolist()  # the wait that ends an epoch
+        speed = round(steps) // world_size() * self.batch_size / self.spent
         self.epoch += 1
-        images = round(steps) // world_size() * self.batch
         record = {"epoch": self.epoch, "loss": loss / steps, "lr": self.optimizer.param_groups[0]["lr"],
-                  "images_per_second": images / self.spent, "accuracy": accuracy / steps}
-        if self.settings["method"] == "supervised":
-            record["test_accuracy"] = self.test_accuracy()
+                  "images_per_second": speed, "accuracy": accuracy / steps} | measured
         self.log.write(record)
-        rest = (self.total - self.step) * self.batch / record["images_per_second"] / 60
-        test = f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else ""
-        print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {record['loss']:.4f}  "
-               f"accuracy {record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  "
-               f"{record['images_per_second']:.0f} images/s  {rest:.0f} min left")
+        self.progress.clear()
+        more = "".join(f"  {name.split('_')[0]} {value:.3f}" for name, value in measured.items())
+        print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {loss / steps:.4f}  "
+               f"accuracy {accuracy / steps:.3f}{more}  lr {record['lr']:.3g}  {speed:.0f} images/s  "
+               f"{duration((self.total_steps - self.step) * self.batch_size / speed)} left")
         self.sums.zero_()
         self.spent = 0.0
+        if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:
+            self.save()
 
-    @torch.no_grad()
-    def test_accuracy(self):
-        """Share of test images classified correctly, by the network in eval mode; the ranks share the work."""
+    def save(self):
+        """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
+        refuse_if_not_finite(self)
         average_statistics(self.model)
-        self.model.eval()
-        s, images, labels = self.settings, self.data.test_images, self.data.test_labels
-        right = torch.zeros((), device=self.device)
-        for start in range(rank() * 256, len(images), world_size() * 256):
-            inputs = imagenet_test(images[start:start + 256], s["image_size"], s["mean"], s["std"])
-            with self.autocast():
-                logits = self.model(inputs.contiguous(memory_format=torch.channels_last))
-            right += (logits.argmax(1) == labels[start:start + 256]).sum()
-        if world_size() > 1:
-            dist.all_reduce(right)
-        self.model.train()
-        return right.item() / len(images)
+        self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many ranks there are
+        if rank() == 0:
+            weights = self.model.state_dict()
+            save_atomically({
+                "settings": self.settings, "epoch": self.epoch, "step": self.step, "sums": self.sums,
+                "spent": self.spent, "optimizer": self.optimizer.state_dict(),
+                "backbone": {name: value for name, value in weights.items() if not name.startswith("fc.")},
+                "head": {name[3:]: value for name, value in weights.items() if name.startswith("fc.")}}, self.path)
+        if self.stopped:
+            self.progress.clear()
+            print0(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; the "
+                   "same command resumes")
+            sys.exit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
+
+
+def checkpoint_of_run(path, settings):
+    """A run's checkpoint, None if there is none yet; UserError if it was trained with other settings."""
+    if not path.exists():
+        return None
+    checkpoint = read_checkpoint(path, "cpu")
+    saved = checkpoint["settings"]
+    relevant = settings.keys() & saved.keys() - {"preset", "data"}  # names; the data itself shows in its mean
+    differ = [f"{k} {saved[k]} -> {settings[k]}" for k in sorted(relevant) if saved[k] != settings[k]]
+    if differ:
+        raise UserError(f"{path} was trained with other settings ({'; '.join(differ)[:300]}); give the same flags "
+                        "to resume, or another --out")
+    return checkpoint
+
+
+def for_all_ranks(model, device):
+    """`model` itself, or if several processes train it, wrapped so that its backward pass averages gradients."""
+    if world_size() == 1:
+        model.no_sync = contextlib.nullcontext
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    parallel = nn.parallel.DistributedDataParallel  # each rank keeps its own running statistics between saves
+    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # its name from torch 2.14 on
+    return parallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+
+
+def any_rank(flag):
+    """True on every rank if `flag` is True on one."""
+    return bool(sum_over_ranks(torch.tensor([float(flag)])) > 0)  # on the CPU: gloo, no wait for the GPU
+
+
+def sum_over_ranks(x):
+    """x, summed in place over the ranks."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def refuse_if_not_finite(run):
+    """UserError naming the first step whose loss was not finite, or if a weight is not; on every rank alike."""
+    finite = torch.stack([p.isfinite().all() for p in run.model.parameters()]).all()
+    bad = torch.stack([run.bad_step, torch.where(finite, -1, run.step)])
+    if world_size() > 1:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    loss_step, weight_step = bad.tolist()
+    if loss_step >= 0 or weight_step >= 0:
+        what = f"the loss of step {loss_step}" if loss_step >= 0 else f"a weight after step {weight_step}"
+        raise UserError(f"{run.name}: {what} (of {run.total_steps}) is not finite; stopped, the last good "
+                        "checkpoint is kept; lower --lr or raise --warmup-epochs")
 
 
 def average_statistics(model):
-    """Batch norm's running statistics averaged over the ranks, so that every rank and every checkpoint has the same."""
+    """Batch norm's running statistics averaged over the ranks: every rank and checkpoint has the same."""
     if world_size() > 1:
         buffers = [b for b in model.buffers() if b.is_floating_point()]
-        flat = torch.cat([b.flatten() for b in buffers])
-        dist.all_reduce(flat)
-        for buffer, mean in zip(buffers, (flat / world_size()).split([b.numel() for b in buffers])):
+        flat = sum_over_ranks(torch.cat([b.flatten() for b in buffers])) / world_size()
+        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
             buffer.copy_(mean.view_as(buffer))
 
 
-def refuse_other_settings(path, saved, wanted):
-    """UserError naming every setting on which the result depends that differs from the checkpoint's."""
-    relevant = wanted.keys() - {"preset", "data"}  # names; the data itself shows in its statistics
-    differ = [f"{name} {saved.get(name)} -> {wanted[name]}" for name in sorted(relevant) if saved.get(name) != wanted[name]]
-    if differ:
-        raise UserError(f"{path} was trained with other settings ({'; '.join(differ)[:300]}); give the same flags to resume, "
-                        "or another --out")
-
-
-def train(args, settings, data, device, gradients):
-    """Trains the network of `settings`, writing `<out>/<method>_seed<seed>.pt` and `.jsonl`; resumes by itself.
-
-    `gradients(run, batch)` adds the gradient of the mean loss over the rank's `Batch` to the parameters and returns
-    (loss, accuracy), 0-d and detached. The result is a function of the settings alone: killed at any moment and started
-    again on the same device, training ends in the same weights, bit for bit.
-    """
-    run = Run(args, settings, data, device)
-    if rank() == 0:
-        for leftover in (run.path, run.log.path):
-            leftover.with_name(leftover.name + ".tmp").unlink(missing_ok=True)
-    checkpoint = read_checkpoint(run.path, "cpu") if run.path.exists() else None
-    if checkpoint:
-        refuse_other_settings(run.path, checkpoint["settings"], settings)
-        if checkpoint["epoch"] >= run.epochs:
-            print0(f"{run.path}: finished, {run.epochs} epochs; skipped")
-            return
-    advice = (f"--batch-size {run.batch} --micro-batch {settings['micro_batch']} --image-size {settings['image_size']} "
-              f"--precision {settings['precision']}: lower --micro-batch, or give --checkpoint-activations or --precision "
-              "bf16, or use more processes")
-    run.build(checkpoint)
-    if checkpoint:
-        print0(f"{run.path}: resumed after epoch {run.epoch} of {run.epochs}, step {run.step} of {run.total}")
-        run.log.resume(run.epoch, device)
-    else:
-        run.log.start(settings, device)
-
-    with Stop() as stop, out_of_memory_advice(advice):
-        while run.epoch < run.epochs:
-            started, end, stopped = time.perf_counter() - run.spent, steps_until(run.epoch + 1, run.n, run.batch), False
-            while run.step < end and not stopped:
-                run.take_step(gradients)
-                stopped = stop.asked()
-            run.spent = time.perf_counter() - started
-            if run.step == end:
-                run.end_epoch()
-            if stopped or run.epoch % args.checkpoint_every == 0 or run.epoch == run.epochs:
-                run.save()
-            if stopped:
-                print0(f"{run.path}: stopped by a signal after step {run.step} of {run.total} and saved; "
-                       "the same command resumes")
-                sys.exit(128 + (stop.signal or signal.SIGTERM))
-
-
 @contextlib.contextmanager
-def out_of_memory_advice(advice):
-    """Turns running out of memory into a UserError with `advice`: the sizes in use and the flags that help."""
+def open_run(args, method, seed, data, device):
+    """A `Run`. While it is open no other process trains this network; signals and lack of memory end it well."""
+    settings = rank0_first(lambda: run_settings(args, method, seed, data, device))
+    run, name = None, f"{method}_seed{seed}"
+    log = rank0_first(lambda: Log(Path(args.out) / f"{name}.jsonl"))
+    for leftover in Path(args.out).glob(f"{name}.*.tmp") if log.locked else ():  # of a killed process
+        leftover.unlink(missing_ok=True)
+    bf16 = " or --precision bf16" if settings["precision"] == "fp32" and has_bf16(device) else ""
+    advice = (f"--batch-size {args.batch_size} --micro-batch {settings['micro_batch']} --image-size "
+              f"{args.image_size} --precision {settings['precision']}: lower --micro-batch, or give "
+              f"--checkpoint-activations{bf16}, or use more processes")
     try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; other allocators raise plain ones
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
-            raise
-        raise UserError(f"out of memory with {advice}") from None
-
-
-def load_data_once(path, device):
-    """`load_data` by rank 0 first, which downloads or decodes, then by the others; if it fails, all of them stop."""
-    data, error = None, None
-    if rank() == 0:
-        try:
-            data = load_data(path, device)
-        except UserError as caught:
-            error = caught
-    if world_size() > 1:
-        fine = [error is None]
-        dist.broadcast_object_list(fine, src=0)
-        if rank() > 0 and not fine[0]:
-            sys.exit(2)  # rank 0 says why
-    if error:
-        raise error
-    return data or load_data(path, device)
-
-
-def train_all(doc, method, presets, gradients):
-    """The `main` of a training script: flags, data, then one network after another, a seed each."""
-    args = training_arguments(doc, presets)
-    torch.backends.cudnn.deterministic = True  # a resumed run must end in the same weights
-    with distributed(args.device) as device:
-        writable_folder(args.out)
-        data = load_data_once(args.data, device)
-        for seed in args.seeds:
-            train(args, run_settings(args, method, seed, data, device), data, device, gradients)
+        with caught_signals() as signals, out_of_memory_advice(advice):
+            run = Run(args, settings, data, device, log, signals)
+            yield run
+    finally:
+        if run and run.progress:
+            run.progress.timer.cancel()
+            run.progress.clear()
+        if log.file:
+            log.file.close()
 
 
 # ======================================================================================================================
@@ -1976,11 +2096,6 @@ def layers_of(models):
     return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
 
 
-def warn(text):
-    """One line on stderr."""
-    print("warning: " + text, file=sys.stderr)
-
-
 def prepare(model, images, params=None):
     """uint8 images as the network sees them: under its test pipeline, or augmented as in its training by `params`."""
     s = model.settings
@@ -2146,19 +2261,6 @@ def draw(path, plot, arrays):
     figure = plot(arrays)
     write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
     plt.close(figure)
-
-
-def write_atomically(path, write):
-    """`write(file)` into a temporary file that is then renamed to `path`; UserError if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def new_figure(panels, widths=None):
