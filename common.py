@@ -87,7 +87,7 @@ def user_errors():
         elif is_out_of_memory(error):
             reason = "out of memory; lower --batch-size (in training --micro-batch), or --samples or --subset"
         elif isinstance(error, OSError):  # a folder taken away, say: the machine's trouble, not the code's
-            reason = f"{error.filename or ''} {error.strerror or error}"
+            reason = f"{error.filename or ''} {error.strerror or error}; what was saved before is kept"
         elif world_size() == 1:
             raise
         else:
@@ -178,21 +178,20 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind, low=None, high=None, above=None):
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite int or float, low <= value <= high, value > above."""
-    bounds = {"at least": low, "above": above, "at most": high}
-    bounds = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    limits = {"at least": low, "above": above, "at most": high}
+    expected = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
 
     def parse(text):
         try:
             value = kind(text)
-            fits = math.isfinite(value) and (low is None or value >= low)
-            fits = fits and (above is None or value > above) and (high is None or value <= high)
+            fits = math.isfinite(value) and low <= value <= high and value > above
         except (ValueError, OverflowError):
             fits = False
         if not fits:
             name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}".rstrip())
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {expected}".rstrip())
         return value
 
     return parse
@@ -200,17 +199,14 @@ def number(kind, low=None, high=None, above=None):
 
 def pick_device(name=None):
     """torch.device for a name such as "cpu" or "cuda:1"; None: cuda, else mps, else cpu. Raises UserError."""
-    expected = "cpu, cuda, cuda:N or mps"
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).add_(1)
+        torch.empty(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).split("\n")[0][:120]
-        raise UserError(f"--device {name}: not usable here ({reason}); expected {expected}") from None
-    if device.type == "meta":
-        raise UserError(f"--device meta: holds no values; expected {expected}")
+        raise UserError(f"--device {name}: unusable ({reason}); expected cpu, cuda, cuda:N or mps") from None
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # denormal gradients behind a zero gamma slow some CPUs by a fifth
     return device
@@ -393,23 +389,26 @@ def synthetic_images(n, seed):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 3. Augmentation on the device
-# ======================================================================================================================
-# Parameters are drawn for a whole batch (`simclr_params`, `imagenet_params`: dicts of tensors whose first dimension is
-# the image) and can be sliced, so micro-batches and ranks see what one process with one batch would see.
+# ============================================================================================================
+# What training and Figures 3 and 5 do to images, each with its own random parameters. These are drawn for a
+# whole batch (dicts of tensors whose first dimension is the image) and can be sliced, so that micro-batches
+# and ranks see what one process with one batch would see.
 
 
 def imagenet_params(n, height, width, device, generator=None, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """Crop boxes and flips for n images: {"box": int64 (n, 4) top, left, height, width, "flip": bool (n,)}.
 
-    The distribution of torchvision's RandomResizedCrop: area uniform in `scale`, log aspect uniform in `ratio`, the
-    first of ten attempts that fits, else the largest centred box whose aspect lies in `ratio`. Flip with p = 0.5.
+    The distribution of torchvision's RandomResizedCrop: area uniform in `scale`, log aspect uniform in
+    `ratio`, the first of ten attempts that fits, else the largest centred box whose aspect lies in `ratio`.
+    Flip: p = 0.5.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 10, device=device, generator=generator)
 
-    area, aspect = height * width * uniform(*scale), torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1])))
+    area = height * width * uniform(*scale)
+    aspect = torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1])))
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)  # index of the first True, 0 if there is none
@@ -441,7 +440,8 @@ def simclr_params(n, height, width, device, generator=None, strength=1.0):
     params["factors"] = factors
     params["order"] = torch.rand(n, 4, device=device, generator=generator).argsort(1)
     jitter, gray, blur, sigma = torch.rand(4, n, device=device, generator=generator)
-    return params | {"jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
+    params |= {"jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
+    return params
 
 
 def slice_params(params, rows):
@@ -452,8 +452,8 @@ def slice_params(params, rows):
 def _resize_matrix(start, length, size_in, size_out, flip=None):
     """(n, size_out, size_in): bilinear weights that resize [start, start + length) to size_out pixels.
 
-    Half-pixel centres (align_corners=False), edges of the interval replicated, triangle filter widened when it shrinks
-    (antialias); `flip` (n,) mirrors the result. One dimension of crop, resize and flip is one matrix.
+    Half-pixel centres (align_corners=False), edges of the interval replicated, triangle filter widened when
+    it shrinks (antialias); `flip` (n,) mirrors the result. One side of crop, resize and flip is one matrix.
     """
     target = torch.arange(size_out, device=start.device, dtype=torch.float32).expand(len(start), -1)
     if flip is not None:
@@ -475,7 +475,7 @@ def _separable(images, rows, columns):
 
 
 def _crop_resize_flip(images, size, params):
-    """uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]: each image's own box, resized, perhaps mirrored."""
+    """uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]: its box, resized, perhaps mirrored."""
     top, left, height, width = params["box"].unbind(1)
     rows = _resize_matrix(top, height, images.shape[2], size)
     columns = _resize_matrix(left, width, images.shape[3], size, params["flip"])
@@ -490,7 +490,7 @@ def _luma(x):
 def _blend_(x, operation, factor):
     """Brightness (0), contrast (1) or saturation (2), chosen per image, in place; then clipped to [0, 1].
 
-    All three blend the image with something: black, its mean gray value, its gray image. Factor 1 changes nothing.
+    All three blend the image with something: black, its mean gray value, its gray image. Factor 1: no change.
     """
     view = (-1, 1, 1, 1)
     gray, rest = _luma(x), 1 - factor
@@ -500,16 +500,17 @@ def _blend_(x, operation, factor):
 
 
 def _shift_hue(x, turns):
-    """Hue of x (n, 3, h, w) in [0, 1] shifted by `turns` (n,), through HSV with the hue in sextants, without branches."""
+    """Hue of x (n, 3, h, w) in [0, 1] shifted by `turns` (n,): through HSV, hue in sextants, no branches."""
     r, g, b = x.split(1, 1)
     top, bottom = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = top - bottom
-    hue = torch.where(top == r, g - b, torch.where(top == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)))
+    hue = torch.where(top == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
+    hue = torch.where(top == r, g - b, hue)
     hue.div_(chroma.clamp(min=1e-12)).add_(6 * turns.view(-1, 1, 1, 1))
     hue.sub_((hue / 6).floor_(), alpha=6)  # back to [0, 6)
     out = torch.empty_like(x)
     for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)  # of the chroma, above the smallest channel
+        share = (hue - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)  # of the chroma, above `bottom`
         torch.addcmul(bottom, chroma, share, out=out[:, channel:channel + 1])
     return out
 
@@ -517,16 +518,16 @@ def _shift_hue(x, turns):
 def color_jitter(x, params):
     """SimCLR's brightness, contrast, saturation and hue, in each image's own order, clipped after each.
 
-    Every image takes the same path: its three blends in its order, each either before or after the hue, with factor 1
-    standing in on the other side. So no image is looked at alone and nothing waits for the device.
+    Every image takes the same path: its three blends in its order, each either before or after the hue, with
+    factor 1 standing in on the other side. So no image is looked at alone and nothing waits for the device.
     """
     order, factors = params["order"], params["factors"]
-    hue_place = (order == 3).int().argmax(1, keepdim=True)
-    places = torch.arange(3, device=x.device)
-    blends = order.gather(1, places + (places >= hue_place))  # (n, 3): the order without the hue
+    hue_position = (order == 3).int().argmax(1, keepdim=True)
+    positions = torch.arange(3, device=x.device)
+    blends = order.gather(1, positions + (positions >= hue_position))  # (n, 3): the order without the hue
     factor = torch.where(params["jitter"][:, None], factors.gather(1, blends), 1.0)
-    before = torch.where(places < hue_place, factor, 1.0)
-    after = torch.where(places >= hue_place, factor, 1.0)
+    before = torch.where(positions < hue_position, factor, 1.0)
+    after = torch.where(positions >= hue_position, factor, 1.0)
     for i in range(3):
         x = _blend_(x, blends[:, i], before[:, i])
     x = _shift_hue(x, torch.where(params["jitter"], factors[:, 3], 0.0))
@@ -540,32 +541,36 @@ def _blur_matrix(size, kernel_size, sigma, active):
     taps = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
     weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     weights = torch.where(active[:, None], weights / weights.sum(1, keepdim=True), (taps == 0).float())
-    source = (torch.arange(size, device=sigma.device)[:, None] + taps).abs()  # (size, kernel_size), reflected at 0
+    source = (torch.arange(size, device=sigma.device)[:, None] + taps).abs()  # (size, kernel_size)
     source = torch.where(source >= size, 2 * (size - 1) - source, source).expand(len(sigma), -1, -1)
     matrix = torch.zeros(len(sigma), size, size, device=sigma.device)
     return matrix.scatter_add_(2, source, weights[:, None].expand(-1, size, -1))
 
 
 def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params=None, jitter=color_jitter):
-    """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), on the same device.
+    """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), same device.
 
-    Crop, flip, colour jitter of `strength`, gray, and (if `blur`) Gaussian blur with a kernel of size // 10 pixels,
-    made odd (SimCLR App. A; its CIFAR-10 setting is strength 0.5 without blur). Every image has its own parameters,
-    drawn by `simclr_params` from `generator` unless given. Equal to torchvision's functional operations with the same
-    parameters, without rounding to uint8 in between.
+    Crop, flip, colour jitter of `strength`, gray, and (if `blur`) Gaussian blur with a kernel of size // 10
+    pixels, made odd (SimCLR App. A; its CIFAR-10 setting is strength 0.5 without blur). Every image has its
+    own parameters, drawn by `simclr_params` from `generator` unless given. Equal to torchvision's functional
+    operations with the same parameters, without rounding to uint8 in between. `jitter`: `color_jitter`, or
+    what torch.compile made of it.
     """
     if params is None:
         params = simclr_params(len(images), *images.shape[2:], images.device, generator, strength)
     piece = max(4, 2 ** 18 // (3 * size * size))
-    if images.device.type == "cpu" and len(images) > piece:  # a CPU is twice as fast on pieces that fit its cache
+    if images.device.type == "cpu" and len(images) > piece:  # twice as fast on pieces that fit a CPU's cache
         pieces = [slice(start, start + piece) for start in range(0, len(images), piece)]
-        parts = [simclr_augment(images[p], size, strength, blur, None, slice_params(params, p), jitter) for p in pieces]
-        return torch.cat(parts)
+        options = dict(size=size, strength=strength, blur=blur, jitter=jitter)
+        return torch.cat([simclr_augment(images[rows], params=slice_params(params, rows), **options)
+                          for rows in pieces])
     x = jitter(_crop_resize_flip(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
-        rows = params["blur"].nonzero().squeeze(1) if x.device.type == "cpu" else slice(None)  # a GPU would have to wait
+        rows = slice(None)  # all, as a GPU would have to wait for the choice
+        if x.device.type == "cpu":
+            rows = params["blur"].nonzero().squeeze(1)
         matrix = _blur_matrix(size, kernel_size, params["sigma"][rows], params["blur"][rows])
         x[rows] = _separable(x[rows], matrix, matrix)
     return x
@@ -586,7 +591,8 @@ def simclr_test(images, size):
     n, _, height, width = images.shape
     box = torch.zeros(n, 4, dtype=torch.int64, device=images.device)
     box[:, 2], box[:, 3] = height, width
-    return _crop_resize_flip(images, size, {"box": box, "flip": torch.zeros_like(box[:, 0], dtype=torch.bool)})
+    unflipped = torch.zeros_like(box[:, 0], dtype=torch.bool)
+    return _crop_resize_flip(images, size, {"box": box, "flip": unflipped})
 
 
 def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
@@ -595,7 +601,7 @@ def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
 
 
 def _standardise(x, mean, std):
-    for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: a tensor of them would wait for the device
+    for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: a tensor of them would wait
         x[:, channel].sub_(m).div_(s)
     return x
 
@@ -713,8 +719,8 @@ class LARS(torch.optim.Optimizer):
         g <- gradient + weight_decay w;   t = eta |w| / |g|, or 1 if either norm is 0
         v <- momentum v + (lr t) g;       w <- w - v
 
-    1-d parameters (batch-norm gamma and beta, biases) get neither weight decay nor adaptation (t = 1). `lr` is
-    the rate of a step, already scaled for the batch. List operations only; nothing waits for the device.
+    1-d parameters (of batch norm, and biases) get neither weight decay nor adaptation (t = 1). `lr` is
+    the rate of a step, scaled for the batch already. List operations only; nothing waits for the device.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
@@ -757,7 +763,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def warmup_cosine(step, total_steps, warmup_steps):
-    """Factor of the rate, in [0, 1]: linear from 0 to 1 at warmup_steps, then a cosine to 0 at total_steps."""
+    """Factor of the rate in [0, 1]: linear from 0 to 1 at warmup_steps, then a cosine to 0 at total_steps."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -773,16 +779,16 @@ def warmup_cosine(step, total_steps, warmup_steps):
 def info_nce(z1, z2, temperature):
     """InfoNCE, Eq. (1), averaged over the 2N anchors: a 0-d float32 tensor, ln(2N - 1) for equal views.
 
-    z1, z2 (N, d): row i of each is a view of image i; computed in float32 whatever their dtype. With
-    torch.distributed initialised the rows are this rank's share, every rank's views are compared with, and the
-    mean over ranks of the result (and of its gradient, as DistributedDataParallel takes it) is that of one process
+    z1, z2 (N, d): row i of each is a view of image i; computed in float32 whatever their dtype. In one of
+    several processes the rows are its share, all processes' views are compared with, and the mean over
+    processes of the result (and of its gradient, as DistributedDataParallel takes it) is that of one process
     with the whole batch. ValueError for unequal shapes or a temperature that is not above 0.
     """
     return info_nce_and_accuracy(z1, z2, temperature)[0]
 
 
 def info_nce_and_accuracy(z1, z2, temperature):
-    """`info_nce`, and the share of anchors (0-d, in [0, 1]) whose partner is the nearest of all 2N - 1 views."""
+    """`info_nce`, and the share of anchors (0-d in [0, 1]) whose partner is nearest of all 2N - 1 views."""
     if z1.shape != z2.shape or z1.ndim != 2:
         raise ValueError(f"info_nce needs two (N, d) tensors, got {tuple(z1.shape)} and {tuple(z2.shape)}")
     if not temperature > 0:
@@ -878,7 +884,7 @@ def distributed(device_name):
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0][:160]
-        raise UserError(f"cannot join torchrun's processes ({reason}); without torchrun, unset RANK") from None
+        raise UserError(f"cannot join torchrun's processes ({reason}); if there are none, unset RANK")
     yield device
     dist.destroy_process_group()  # after success only: without a lost rank, kernels never finish
 
@@ -1051,8 +1057,9 @@ def add_training_flags(parser, contrastive):
         titled = parser.add_argument_group(title)
 
         def add(flag, help, **options):
-            text = help if "(default" in help or "action" in options else f"{help} (default: %(default)s)"
-            titled.add_argument(flag, help=text, **options)
+            if "(default" not in help and "action" not in options:
+                help += " (default: %(default)s)"
+            titled.add_argument(flag, help=help, **options)
 
         return add
 
@@ -1067,23 +1074,23 @@ def add_training_flags(parser, contrastive):
         add("--temperature", "tau of Eq. (1)", type=number(float, above=0))
     add("--stem", "7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)", choices=("imagenet", "cifar"))
     add = group("size and memory")
-    add("--image-size", "pixels, training and test (footnote 3: 224; SimCLR B.9: 32)", type=number(int, low=8))
+    add("--image-size", "pixels, of training and test (footnote 3: 224; B.9: 32)", type=number(int, low=8))
     add("--subset", "training images used, a fixed random choice (default: all)", type=count)
     add("--batch-size", "images per step, over all processes (App. A)", type=count)
     add("--micro-batch", "images per forward and backward, per process: lower it to save memory", type=count)
-    add("--checkpoint-activations", "save memory by computing activations twice, the batch in one piece: exact, "
-        "batch norm included", action="store_true")
+    add("--checkpoint-activations", action="store_true",
+        help="save memory by computing activations twice, the batch in one piece: exact, batch norm included")
     add = group("where and how")
     add("--out", "folder for checkpoints and logs (default: checkpoints/<preset>)")
     add("--checkpoint-every", "epochs between checkpoints", type=count)
     add("--device", "cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
-    add("--precision", "of products (default: bf16 where hardware has it, else fp32)", choices=("fp32", "bf16"))
+    add("--precision", "of products (default: bf16 where hardware has it)", choices=("fp32", "bf16"))
     add("--compile", "torch.compile network and colour augmentation; pays on GPUs", action="store_true")
 
 
 # The settings of a run: all that its result depends on, and what a figure needs to know.
-SETTINGS = ("preset data epochs batch_size micro_batch checkpoint_activations image_size stem lr weight_decay "
-            "warmup_epochs temperature strength blur subset precision").split()
+SETTINGS = ("preset data epochs batch_size micro_batch checkpoint_activations image_size stem lr "
+            "weight_decay warmup_epochs temperature strength blur subset precision").split()
 
 
 def run_settings(args, method, seed, data, device):
@@ -1094,7 +1101,7 @@ def run_settings(args, method, seed, data, device):
     if n > total:
         raise UserError(f"--subset {n}: the training set has {total} images")
     if args.batch_size > n:
-        raise UserError(f"--batch-size {args.batch_size}: the run uses {n} training images; give at most that")
+        raise UserError(f"--batch-size {args.batch_size}: the run has {n} training images; give at most that")
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {processes} processes")
     if local < 2:
@@ -1122,13 +1129,13 @@ def steps_until(epoch, n, batch_size):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n, total, device):
-    """Indices (n,) int64 on `device` of the training images in an epoch: a permutation of n of the `total`."""
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort().values  # any seed's
+    """Indices (n,) int64 on `device` of an epoch's images: a permutation, from seed and epoch only."""
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort().values  # --subset
     return chosen[torch.randperm(n, generator=generator_for("cpu", "order", seed, epoch))].to(device)
 
 
 def images_of_step(step, batch_size, seed, n, total, device):
-    """Indices (batch_size,) of a step's images, from the endless stream of the epochs' permutations."""
+    """Indices (batch_size,) of a step's images in the endless stream of the epochs' permutations."""
     start, stop = step * batch_size, (step + 1) * batch_size
     first = start // n
     epochs = [epoch_order(seed, epoch, n, total, device) for epoch in range(first, (stop - 1) // n + 1)]
@@ -1139,8 +1146,8 @@ def images_of_step(step, batch_size, seed, n, total, device):
 def not_counting(module):
     """Batch norm normalises as in training, but its running statistics and its count stay as they are.
 
-    For passes that repeat another. Momentum 0, not absent running statistics: without them SyncBatchNorm takes
-    its input's dtype for its sums and fails in bf16.
+    For passes that repeat another. By a momentum of 0: without running statistics SyncBatchNorm would count
+    in the dtype of its input, and fail in bf16.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
@@ -1187,37 +1194,33 @@ class Log:
     """
 
     def __init__(self, path):
-        self.file, self.locked = None, False
-        if rank() == 0:
-            self.file = open(path, "a+b")
-            try:
-                if fcntl:
-                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self.locked = True
-            except BlockingIOError:
-                self.file.close()
-                raise UserError(f"{path}: another process trains this network; wait for it or stop it, or give "
-                                "another --out") from None
-            except OSError:  # a file system without locks
-                pass
+        self.path, self.file, self.locked = path, None, False
+        if rank() > 0:
+            return
+        self.file = open(path, "a+b")
+        try:
+            if fcntl:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.locked = True
+        except BlockingIOError:
+            self.file.close()
+            raise UserError(f"{path}: another process trains this network; wait for it, stop it, or give "
+                            "another --out") from None
+        except OSError:  # a file system without locks
+            pass
 
-    def start(self, epoch, device, record):
+    def start(self, epoch, record):
         """Drops what follows `epoch` (-1: everything), which will be run again; appends the run's record."""
         if self.file:
             kept = 0
             self.file.seek(0)
             for line in self.file:
                 with contextlib.suppress(ValueError, AttributeError):  # a damaged line belongs to no epoch
-                    if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
+                    if json.loads(line).get("epoch", 0) > epoch:
                         break
                 kept += len(line)
             self.file.truncate(kept)
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent) if shutil.which("git") else None
-        self.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": git and git.stdout.strip() or None,
-                    "torch": torch.__version__, "torchvision": torchvision.__version__,
-                    "python": platform.python_version(), "device": device_name(device),
-                    "world_size": world_size(), "threads": torch.get_num_threads()} | record)
+        self.write(record)
 
     def write(self, record):
         """Appends one record."""
@@ -1226,66 +1229,67 @@ class Log:
             self.file.flush()
 
 
+def run_record(device):
+    """What a log says of a run's surroundings: time, git commit, versions, device."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent) if shutil.which("git") else None
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "commit": git.stdout.strip() or None if git else None, "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "python": platform.python_version(),
+            "device": device_name(device), "world_size": world_size(), "threads": torch.get_num_threads()}
+
+
 def device_name(device):
     """What a person calls a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def duration(seconds):
-    """ "45 s", "12 min", "3.4 h" or "5.2 days"."""
-    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
+    """ "0:12:45" or "3 days, 4:05:06"."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class Progress:
-    """How fast a run is, from rank 0: said once for all of it, and at a terminal on a line rewritten each second."""
+    """Rank 0's word on how fast a run is: once for all of it, and at a terminal one line, rewritten."""
 
     def __init__(self, run):
         self.run, self.told, self.shown, self.since = run, False, 0.0, (time.perf_counter(), run.step)
         self.terminal = sys.stderr.isatty() and rank() == 0
-        self.timer = threading.Timer(30, self.tell, ["more than", 30])  # if the first step takes very long
+        self.timer = threading.Timer(30, self._tell, ["more than", 30])  # if the first step takes long
         self.timer.daemon = True
         self.timer.start()
 
     def after_step(self):
-        """Says what is due. Waits for the device twice in a run, and at a terminal once a second."""
+        """Says what is due. It waits for the device twice in a run, and at a terminal once a second."""
         run, now = self.run, time.perf_counter()
-        seconds, steps = now - self.since[0], run.step - self.since[1]
         self.timer.cancel()
-        if not self.told and seconds > 5:
+        if not self.told and now - self.since[0] > 5:
             run.loss.item()
             self.told = True
-            self.tell("about", (time.perf_counter() - self.since[0]) / steps)
+            self._tell("about", (time.perf_counter() - self.since[0]) / (run.step - self.since[1]))
         elif not self.told and run.step == run.first_step + 1:  # loading libraries is no measure of the rest
             run.loss.item()
             self.since = time.perf_counter(), run.step
         if self.terminal and now - self.shown > 1:
-            self.show(run.loss.item())
+            begin, end = run.end_of(run.epoch), run.end_of(run.epoch + 1)
+            pace = run.spent / (run.step - begin)  # seconds per step
+            epoch_left, run_left = duration((end - run.step) * pace), duration((run.total_steps - run.step) *
+            pace) self.rewrite(f"epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}
+            "
+                         f"loss {run.loss.item():.4f}  {run.batch_size / pace:.0f} images/s  "
+                         f"left: {epoch_left} in the epoch, {run_left} in the run")
+            self.shown = time.perf_counter()
 
-    def tell(self, how_long, seconds_per_step):
-        """A line with the time that the rest of the run will take."""
+    def _tell(self, how_long, pace):
         rest = self.run.total_steps - self.run.step
-        self.clear()
-        print0(f"{self.run.name}: {how_long} {duration(rest * seconds_per_step)} for {rest} steps")
+        self.rewrite("")
+        print0(f"{self.run.name}: {how_long} {duration(rest * pace)} for {rest} steps")
 
-    def show(self, loss):
-        """Writes the line anew."""
-        run, begin, end = self.run, self.run.end_of(self.run.epoch), self.run.end_of(self.run.epoch + 1)
-        seconds = run.spent / (run.step - begin)
-        line = (f"epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}  loss {loss:.4f}  "
-                f"{run.settings['batch_size'] / seconds:.0f} images/s  {duration((end - run.step) * seconds)} left "
-                f"in the epoch, {duration((run.total_steps - run.step) * seconds)} in the run")
-        self.clear()
-        print(line[:shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
-        self.shown = time.perf_counter()
-
-    def clear(self):
-        """Takes the line away."""
+    def rewrite(self, text):
+        """Puts `text` where the line was, for the next to replace."""
         if self.terminal:
-            blank = " " * (shutil.get_terminal_size().columns - 1)
-            print(f"\r{blank}\r", end="", file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
 
 
 class Run:
@@ -1298,8 +1302,7 @@ class Run:
 
     def __init__(self, args, settings, data, device, log, signals):
         self.args, self.settings, self.device, self.log, self.signals = args, settings, device, log, signals
-        self.name = f"{settings['method']}_seed{settings['seed']}"
-        self.path = Path(args.out) / f"{self.name}.pt"
+        self.path, self.name = log.path.with_suffix(".pt"), log.path.stem
         self.n, self.batch_size, self.epochs = (settings[k] for k in ("train_images", "batch_size", "epochs"))
         self.total_images = len(data.train_images)
         self.total_steps = self.end_of(self.epochs)
@@ -1332,14 +1335,15 @@ class Run:
                 optimizer.load_state_dict(checkpoint["optimizer"])
                 self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             except (KeyError, ValueError, AttributeError) as error:
-                raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to start "
-                                "again") from None
-            self.epoch, self.step, self.first_step = checkpoint["epoch"], checkpoint["step"], checkpoint["step"]
+                raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to "
+                                "begin again") from None
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+            self.first_step = self.step
             print0(f"{self.path}: resumed after epoch {self.epoch} of {self.epochs}, step {self.step} of "
                    f"{self.total_steps}")
-            self.log.start(self.epoch, self.device, {"resumed_after_epoch": self.epoch})
+            self.log.start(self.epoch, {"resumed_after_epoch": self.epoch} | run_record(self.device))
         else:
-            self.log.start(-1, self.device, {"settings": self.settings})
+            self.log.start(-1, run_record(self.device) | {"settings": self.settings})
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
@@ -1347,7 +1351,7 @@ class Run:
         return for_all_ranks(model, self.device)
 
     def images_of(self, step):
-        """Indices (int64, on the device) of this rank's training images in a step; from seed and step only."""
+        """Indices (int64, on the device) of this rank's training images in a step."""
         seed = self.settings["seed"]
         return images_of_step(step, self.batch_size, seed, self.n, self.total_images, self.device)[self.rows]
 
@@ -1360,7 +1364,8 @@ class Run:
             self.step += 1
             self.spent = time.perf_counter() - started
             self.progress.after_step()
-            self.stopped = any_rank(bool(self.signals))
+            flag = torch.tensor([len(self.signals)])  # on the CPU: gloo, no wait for a GPU
+            self.stopped = bool(sum_over_ranks(flag) > 0)  # every rank, once any got a signal
             if self.stopped and self.step < end:  # at its end the epoch is counted first
                 self.save()
 
@@ -1371,7 +1376,7 @@ class Run:
         self.sums += torch.stack([self.loss, accuracy, torch.ones_like(self.loss)])
 
     def end_epoch(self, **measured):
-        """Logs and prints the epoch that the last step ended, with what was `measured`; saves if it is time."""
+        """Logs and prints the epoch that the last step ended, and what was `measured`; saves when due."""
         refuse_if_not_finite(self)
         loss, accuracy, steps = sum_over_ranks(self.sums.clone()).tolist()  # the wait that ends an epoch
         speed = round(steps) // world_size() * self.batch_size / self.spent
@@ -1379,11 +1384,12 @@ class Run:
         record = {"epoch": self.epoch, "loss": loss / steps, "lr": self.optimizer.param_groups[0]["lr"],
                   "images_per_second": speed, "accuracy": accuracy / steps} | measured
         self.log.write(record)
-        self.progress.clear()
+        self.progress.rewrite("")
+        rest = duration((self.total_steps - self.step) * self.batch_size / speed)
         more = "".join(f"  {name.split('_')[0]} {value:.3f}" for name, value in measured.items())
-        print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {loss / steps:.4f}  "
-               f"accuracy {accuracy / steps:.3f}{more}  lr {record['lr']:.3g}  {speed:.0f} images/s  "
-               f"{duration((self.total_steps - self.step) * self.batch_size / speed)} left")
+        print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
+               f"loss {loss / steps:.4f}  accuracy {accuracy / steps:.3f}{more}  lr {record['lr']:.3g}  "
+               f"{speed:.0f} images/s  {rest} left")
         self.sums.zero_()
         self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:
@@ -1393,18 +1399,18 @@ class Run:
         """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
         refuse_if_not_finite(self)
         average_statistics(self.model)
-        self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many ranks there are
+        self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many they are
         if rank() == 0:
             weights = self.model.state_dict()
-            save_atomically({
-                "settings": self.settings, "epoch": self.epoch, "step": self.step, "sums": self.sums,
-                "spent": self.spent, "optimizer": self.optimizer.state_dict(),
-                "backbone": {name: value for name, value in weights.items() if not name.startswith("fc.")},
-                "head": {name[3:]: value for name, value in weights.items() if name.startswith("fc.")}}, self.path)
+            head = {name[3:]: value for name, value in weights.items() if name.startswith("fc.")}
+            backbone = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+            save_atomically({"settings": self.settings, "epoch": self.epoch, "step": self.step,
+                             "sums": self.sums, "spent": self.spent, "backbone": backbone, "head": head,
+                             "optimizer": self.optimizer.state_dict()}, self.path)
         if self.stopped:
-            self.progress.clear()
-            print0(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; the "
-                   "same command resumes")
+            self.progress.rewrite("")
+            print0(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and "
+                   "saved; the same command resumes")
             sys.exit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
 
 
@@ -1417,13 +1423,13 @@ def checkpoint_of_run(path, settings):
     relevant = settings.keys() & saved.keys() - {"preset", "data"}  # names; the data itself shows in its mean
     differ = [f"{k} {saved[k]} -> {settings[k]}" for k in sorted(relevant) if saved[k] != settings[k]]
     if differ:
-        raise UserError(f"{path} was trained with other settings ({'; '.join(differ)[:300]}); give the same flags "
-                        "to resume, or another --out")
+        raise UserError(f"{path} was trained with other settings ({'; '.join(differ)[:300]}); give the same "
+                        "flags to resume, or another --out")
     return checkpoint
 
 
 def for_all_ranks(model, device):
-    """`model` itself, or if several processes train it, wrapped so that its backward pass averages gradients."""
+    """`model`, wrapped if several processes train it: then its backward pass averages gradients."""
     if world_size() == 1:
         model.no_sync = contextlib.nullcontext
         return model
@@ -1434,11 +1440,6 @@ def for_all_ranks(model, device):
     return parallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
 
 
-def any_rank(flag):
-    """True on every rank if `flag` is True on one."""
-    return bool(sum_over_ranks(torch.tensor([float(flag)])) > 0)  # on the CPU: gloo, no wait for the GPU
-
-
 def sum_over_ranks(x):
     """x, summed in place over the ranks."""
     if world_size() > 1:
@@ -1447,7 +1448,7 @@ def sum_over_ranks(x):
 
 
 def refuse_if_not_finite(run):
-    """UserError naming the first step whose loss was not finite, or if a weight is not; on every rank alike."""
+    """UserError naming the first step whose loss was not finite, or if a weight is not; on all ranks."""
     finite = torch.stack([p.isfinite().all() for p in run.model.parameters()]).all()
     bad = torch.stack([run.bad_step, torch.where(finite, -1, run.step)])
     if world_size() > 1:
@@ -1470,7 +1471,7 @@ def average_statistics(model):
 
 @contextlib.contextmanager
 def open_run(args, method, seed, data, device):
-    """A `Run`. While it is open no other process trains this network; signals and lack of memory end it well."""
+    """A `Run`. While it is open no other process trains its network; signals and lack of memory end it."""
     settings = rank0_first(lambda: run_settings(args, method, seed, data, device))
     run, name = None, f"{method}_seed{seed}"
     log = rank0_first(lambda: Log(Path(args.out) / f"{name}.jsonl"))
@@ -1487,7 +1488,7 @@ def open_run(args, method, seed, data, device):
     finally:
         if run and run.progress:
             run.progress.timer.cancel()
-            run.progress.clear()
+            run.progress.rewrite("")
         if log.file:
             log.file.close()
 

@@ -1,4 +1,4 @@
-"""Train ResNet-50s with SimCLR (Sec. 2, App. A): a 3-layer projection head and InfoNCE over two views of every image.
+"""Train ResNet-50s with SimCLR (Sec. 2, App. A): 3-layer projection head, InfoNCE over two views of each image.
 
     python train_simclr.py                        # the paper: 224 px, 1300 epochs x 4096 images, seeds 0 1 2
     python train_simclr.py --preset cifar         # SimCLR App. B.9: 32 px, 3x3 stem
@@ -6,29 +6,30 @@
     python train_simclr.py --preset demo          # synthetic images, minutes on two CPU cores
     torchrun --nproc-per-node 8 train_simclr.py   # the same batch, shared by 8 GPUs
 
-Writes <out>/simclr_seed<seed>.pt and a .jsonl log; the same command resumes, and skips seeds that are finished.
+Writes <out>/simclr_seed<seed>.pt and a .jsonl log; the same command resumes, and skips finished seeds.
 """
 
 import contextlib
 
 import torch
 
-from common import (LARS, build_model, color_jitter, distributed, generator_for, info_nce_and_accuracy, load_data,
-                    not_counting, open_run, rank0_first, simclr_augment, simclr_params, slice_params,
+from common import (LARS, build_model, color_jitter, distributed, generator_for, info_nce_and_accuracy,
+                    load_data, not_counting, open_run, rank0_first, simclr_augment, simclr_params, slice_params,
                     training_arguments, user_errors, warmup_cosine, writable_folder)
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
-    data="data", seeds=[0, 1, 2], epochs=1300, batch_size=4096, micro_batch=512, image_size=224, stem="imagenet",
-    lr=0.3, weight_decay=1e-6, warmup_epochs=10, temperature=0.1, strength=1.0, blur=True, checkpoint_every=10)
+    data="data", seeds=[0, 1, 2], epochs=1300, batch_size=4096, micro_batch=512, image_size=224,
+    stem="imagenet", lr=0.3, weight_decay=1e-6, warmup_epochs=10, temperature=0.1, strength=1.0, blur=True,
+    checkpoint_every=10)
 PRESETS = {
     "paper": PAPER,
-    "cifar": PAPER | dict(micro_batch=1024, image_size=32, stem="cifar", lr=1.0, temperature=0.5, strength=0.5,
-                          blur=False),
+    "cifar": PAPER | dict(micro_batch=1024, image_size=32, stem="cifar", lr=1.0, temperature=0.5,
+                          strength=0.5, blur=False),
     "small": PAPER | dict(seeds=[0, 1], epochs=12, batch_size=256, micro_batch=256, image_size=32, lr=2.0,
                           warmup_epochs=1, temperature=0.5, strength=0.5, blur=False, checkpoint_every=1),
-    "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=64, micro_batch=64, image_size=32,
-                         lr=6.0, warmup_epochs=0.5, temperature=0.5, strength=0.5, blur=False, subset=512,
-                         checkpoint_every=1),
+    "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=64, micro_batch=64,
+                         image_size=32, lr=6.0, warmup_epochs=0.5, temperature=0.5, strength=0.5, blur=False,
+                         subset=512, checkpoint_every=1),
 }
 
 
@@ -63,9 +64,9 @@ def train(run, data):
         for step in run.steps():
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * warmup_cosine(step, run.total_steps, run.warmup_steps)
-            images = data.train_images[run.images_of(step)]  # uint8 (n, 3, h, w), this process's share of the batch
+            images = data.train_images[run.images_of(step)]  # uint8 (n, 3, h, w), this process's share
 
-            params = []  # of both views: drawn for the whole batch, so that they do not depend on its division
+            params = []  # of both views: drawn for the whole batch, so that its division does not matter
             for view in (0, 1):
                 generator = generator_for(device, "augmentation", seed, step, view)
                 drawn = simclr_params(batch_size, *images.shape[2:], device, generator, s["strength"])
@@ -93,9 +94,9 @@ def train(run, data):
 def cached_gradients(embed, chunks, temperature, model, no_sync):
     """InfoNCE of all chunks together and its exact gradient in `model`; returns (loss, contrastive accuracy).
 
-    Cached gradients (Gao et al. 2021, GradCache): embed all chunks without a graph, differentiate the loss with
-    respect to the embeddings, then run each chunk again with its graph and push its embeddings' gradient through
-    it. Batch norm normalises each chunk by itself and counts it once.
+    Cached gradients (Gao et al. 2021, GradCache): embed all chunks without a graph, differentiate the loss
+    with respect to the embeddings, then run each chunk again with its graph and push its embeddings' gradient
+    through it. Batch norm normalises each chunk by itself and counts it once.
     """
     with torch.no_grad(), not_counting(model):
         embeddings = [embed(chunk) for chunk in chunks]

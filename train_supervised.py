@@ -1,12 +1,12 @@
-"""Train ResNet-50s with supervision (App. A): a linear classifier, cross-entropy, ImageNet augmentations (footnote 3).
+"""Train ResNet-50s with supervision (App. A): linear classifier, cross-entropy, ImageNet crops (footnote 3).
 
-    python train_supervised.py                        # the paper: 224 px, 300 epochs x 8192 images, seeds 0 1 2
+    python train_supervised.py                        # the paper: 224 px, 300 epochs x 8192, seeds 0 1 2
     python train_supervised.py --preset cifar         # 32 px, 3x3 stem
     python train_supervised.py --preset small         # 32 px, 10 epochs x 256: an afternoon on two CPU cores
     python train_supervised.py --preset demo          # synthetic images, minutes on two CPU cores
     torchrun --nproc-per-node 8 train_supervised.py   # the same batch, shared by 8 GPUs
 
-Writes <out>/supervised_seed<seed>.pt and a .jsonl log; the same command resumes, and skips seeds that are finished.
+Writes <out>/supervised_seed<seed>.pt and a .jsonl log; the same command resumes, and skips finished seeds.
 """
 
 import contextlib
@@ -16,18 +16,19 @@ from torch.nn import functional as F
 
 from common import (LARS, average_statistics, build_model, distributed, generator_for, imagenet_augment,
                     imagenet_params, imagenet_test, load_data, open_run, rank, rank0_first, slice_params,
-                    sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size, writable_folder)
+                    sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
+                    writable_folder)
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
-    data="data", seeds=[0, 1, 2], epochs=300, batch_size=8192, micro_batch=1024, image_size=224, stem="imagenet",
-    lr=0.3, weight_decay=1e-4, warmup_epochs=10, checkpoint_every=10)
+    data="data", seeds=[0, 1, 2], epochs=300, batch_size=8192, micro_batch=1024, image_size=224,
+    stem="imagenet", lr=0.3, weight_decay=1e-4, warmup_epochs=10, checkpoint_every=10)
 PRESETS = {
     "paper": PAPER,
     "cifar": PAPER | dict(micro_batch=2048, image_size=32, stem="cifar"),
     "small": PAPER | dict(seeds=[0, 1], epochs=10, batch_size=256, micro_batch=256, image_size=32, lr=2.0,
                           warmup_epochs=1, checkpoint_every=1),
-    "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=32, micro_batch=32, image_size=32,
-                         lr=12.0, warmup_epochs=0.5, subset=1088, checkpoint_every=1),
+    "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=32, micro_batch=32,
+                         image_size=32, lr=12.0, warmup_epochs=0.5, subset=1088, checkpoint_every=1),
 }
 
 
@@ -74,7 +75,7 @@ def train(run, data):
                 rows, last = slice(start, start + micro_batch), start + micro_batch >= n
                 inputs = imagenet_augment(images[rows], s["image_size"], s["mean"], s["std"],
                                           params=slice_params(params, rows))
-                with contextlib.nullcontext() if last else network.no_sync():  # processes exchange gradients once
+                with contextlib.nullcontext() if last else network.no_sync():  # processes exchange once
                     logits = classify(network, inputs)
                     part = F.cross_entropy(logits.float(), labels[rows], reduction="sum") / n
                     part.backward()  # gradients add up over the micro-batches
@@ -87,14 +88,14 @@ def train(run, data):
 
 
 @torch.no_grad()
-def test_accuracy(model, classify, data, settings):
+def test_accuracy(model, classify, data, s):
     """Share of test images classified correctly, by the model in eval mode; the processes share the work."""
     average_statistics(model)
     model.eval()
     right = torch.zeros((), device=data.test_labels.device)
     for start in range(rank() * 256, len(data.test_images), world_size() * 256):
         rows = slice(start, start + 256)
-        inputs = imagenet_test(data.test_images[rows], settings["image_size"], settings["mean"], settings["std"])
+        inputs = imagenet_test(data.test_images[rows], s["image_size"], s["mean"], s["std"])
         right += (classify(model, inputs).argmax(1) == data.test_labels[rows]).sum()
     model.train()
     return sum_over_ranks(right).item() / len(data.test_labels)
