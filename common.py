@@ -1273,9 +1273,8 @@ class Progress:
         if self.terminal and now - self.shown > 1:
             begin, end = run.end_of(run.epoch), run.end_of(run.epoch + 1)
             pace = run.spent / (run.step - begin)  # seconds per step
-            epoch_left, run_left = duration((end - run.step) * pace), duration((run.total_steps - run.step) *
-            pace) self.rewrite(f"epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}
-            "
+            epoch_left, run_left = (duration((last - run.step) * pace) for last in (end, run.total_steps))
+            self.rewrite(f"epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}  "
                          f"loss {run.loss.item():.4f}  {run.batch_size / pace:.0f} images/s  "
                          f"left: {epoch_left} in the epoch, {run_left} in the run")
             self.shown = time.perf_counter()

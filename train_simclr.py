@@ -1,4 +1,4 @@
-"""Train ResNet-50s with SimCLR (Sec. 2, App. A): 3-layer projection head, InfoNCE over two views of each image.
+"""Train ResNet-50s with SimCLR (Sec. 2, App. A): 3-layer projection head, InfoNCE over two views.
 
     python train_simclr.py                        # the paper: 224 px, 1300 epochs x 4096 images, seeds 0 1 2
     python train_simclr.py --preset cifar         # SimCLR App. B.9: 32 px, 3x3 stem
@@ -14,8 +14,8 @@ import contextlib
 import torch
 
 from common import (LARS, build_model, color_jitter, distributed, generator_for, info_nce_and_accuracy,
-                    load_data, not_counting, open_run, rank0_first, simclr_augment, simclr_params, slice_params,
-                    training_arguments, user_errors, warmup_cosine, writable_folder)
+                    load_data, not_counting, open_run, rank0_first, simclr_augment, simclr_params,
+                    slice_params, training_arguments, user_errors, warmup_cosine, writable_folder)
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
     data="data", seeds=[0, 1, 2], epochs=1300, batch_size=4096, micro_batch=512, image_size=224,
