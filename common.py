@@ -1257,19 +1257,20 @@ class Progress:
         self.terminal = sys.stderr.isatty() and rank() == 0
         self.timer = threading.Timer(30, self._tell, ["more than", 30])  # if the first step takes long
         self.timer.daemon = True
-        self.timer.start()
+        if not run.args.compile:  # which makes the first step long, and only that
+            self.timer.start()
 
     def after_step(self):
         """Says what is due. It waits for the device twice in a run, and at a terminal once a second."""
         run, now = self.run, time.perf_counter()
         self.timer.cancel()
-        if not self.told and now - self.since[0] > 5:
+        if run.step == run.first_step + 1:  # loading libraries and compiling is no measure of the rest
+            run.loss.item()
+            self.since = time.perf_counter(), run.step
+        elif not self.told and now - self.since[0] > 5:
             run.loss.item()
             self.told = True
             self._tell("about", (time.perf_counter() - self.since[0]) / (run.step - self.since[1]))
-        elif not self.told and run.step == run.first_step + 1:  # loading libraries is no measure of the rest
-            run.loss.item()
-            self.since = time.perf_counter(), run.step
         if self.terminal and now - self.shown > 1:
             begin, end = run.end_of(run.epoch), run.end_of(run.epoch + 1)
             pace = run.spent / (run.step - begin)  # seconds per step

@@ -11,6 +11,8 @@ import argparse
 import atexit
 import builtins
 import contextlib
+import errno
+import fcntl
 import functools
 import io
 import itertools
@@ -23,6 +25,7 @@ import runpy
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -53,6 +56,7 @@ torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each o
 HERE = Path(__file__).resolve().parent
 CHILD = {"cwd": HERE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # of other processes
 SEED = int(os.environ.get("TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
+DEVICES = [torch.device("cpu")] + [torch.device(d) for d in ("cuda", "mps") if getattr(torch, d).is_available()]
 
 
 def rng():
@@ -581,13 +585,13 @@ def test_model_seed():
         assert not torch.equal(a, common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight)
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Loss, optimizer, schedule
-# ======================================================================================================================
+# ============================================================================================================
 
 
 def literal_info_nce(z1, z2, temperature):
-    """Eq. (1) as a double loop over anchors and candidates, in float64, averaged over the 2N anchors; and accuracy."""
+    """Eq. (1) as a double loop over anchors and candidates, in float64, over the 2N anchors; and accuracy."""
     views = torch.cat([z1, z2]).double()
     n, losses, right = len(z1), [], 0
     for i in range(2 * n):
@@ -600,33 +604,25 @@ def literal_info_nce(z1, z2, temperature):
 
 
 def test_info_nce_literal():
-    """Value, gradient and accuracy of the double loop; ln(2N - 1) for identical views."""
+    """Value, gradient and accuracy of the double loop, on every device; ln(2N - 1) for identical views."""
     g = rng()
-    for n, d, temperature in ((7, 5, 0.5), (9, 4, 0.1), (2, 3, 1.0), (1, 4, 0.5)):
+    for device, (n, d, t) in itertools.product(DEVICES, ((7, 5, 0.5), (9, 4, 0.1), (2, 3, 1.0), (1, 4, 0.5))):
+        what = f"{device} float32, N = {n}: "
         base = torch.randn(n, d, generator=g)
-        z1, z2 = (base + 0.7 * torch.randn(n, d, generator=g) for _ in range(2))
-        z1, z2 = z1.mul(3).requires_grad_(), z2.requires_grad_()
-        want, right = literal_info_nce(z1, z2, temperature)
-        want_gradients = torch.autograd.grad(want, (z1, z2))
-        loss, accuracy = common.info_nce_and_accuracy(z1, z2, temperature)
+        views = [(3 * base + 2 * torch.randn(n, d, generator=g)).requires_grad_() for _ in range(2)]
+        want, right = literal_info_nce(*views, t)
+        moved = [view.detach().to(device).requires_grad_() for view in views]
+        loss, accuracy = common.info_nce_and_accuracy(*moved, t)
         assert loss.dtype == torch.float32 and loss.shape == ()
-        assert_close(loss, want, 3e-6, f"loss, N = {n}")
-        assert_close(common.info_nce(z1, z2, temperature), want, 3e-6, "info_nce")
-        assert_close(accuracy, right, 1e-6, "accuracy")
+        assert_close(loss.cpu(), want, 3e-6, what + "loss")
+        assert_close(common.info_nce(*moved, t).cpu(), want, 3e-6, what + "info_nce")
+        assert_close(accuracy.cpu(), right, 1e-6, what + "accuracy")
         if n > 1:
-            assert_same_direction_and_size(torch.autograd.grad(loss, (z1, z2)), want_gradients, 1e-5)
-    same = torch.randn(1, 6, generator=g).expand(5, 6)
-    assert_close(common.info_nce(same, same * 2, 0.1), math.log(9), 1e-5, "ln(2N - 1)")
-    low = common.info_nce(z1.detach().bfloat16(), z2.detach().bfloat16(), 0.5)
-    assert low.dtype == torch.float32
-
-
-def test_info_nce_errors():
-    """ValueError for unequal shapes, other ranks of tensors, and temperatures that are not above 0."""
-    z = torch.randn(4, 3, generator=rng())
-    for bad in ((z, z[:3], 0.5), (z[0], z[0], 0.5), (z, z, 0.0), (z, z, -1.0), (z, z, math.nan)):
-        with raises(ValueError):
-            common.info_nce(*bad)
+            got = [gradient.cpu() for gradient in torch.autograd.grad(loss, moved)]
+            assert_same_direction_and_size(got, torch.autograd.grad(want, views), 1e-5, what + "gradient")
+        same = torch.randn(1, 6, generator=g).expand(5, 6).to(device)
+        assert_close(common.info_nce(same, same * 2, 0.1).cpu(), math.log(9), 1e-5, what + "ln(2N - 1)")
+        assert common.info_nce(*(view.bfloat16() for view in moved), 0.5).dtype == torch.float32
 
 
 def literal_lars(weights, gradients, rates, weight_decay, momentum=0.9, eta=0.001, rate_inside=True):
@@ -644,61 +640,54 @@ def literal_lars(weights, gradients, rates, weight_decay, momentum=0.9, eta=0.00
 
 
 def test_lars_sequence():
-    """Six steps at a changing rate equal the rule written out; the variant with the rate outside is something else."""
+    """Six steps at a changing rate equal the rule written out; with the rate outside it is something else."""
     g, rates = rng(), [0.0, 3.0, 8.0, 5.0, 1.0, 0.2]
     shapes = {"matrix": (6, 5), "filter": (4, 3, 2, 2), "vector": (7,), "zero": (3, 4), "no gradient": (3, 3)}
-    for decay in (0.0, 0.3):
-        params = {name: nn.Parameter(torch.randn(shape, generator=g)) for name, shape in shapes.items()}
-        params["zero"].data.zero_()
-        start = {name: p.detach().clone() for name, p in params.items()}
-        gradients = {name: [torch.randn(p.shape, generator=g) for _ in rates] for name, p in params.items()}
+    for device, decay in itertools.product(DEVICES, (0.0, 0.3)):
+        start = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+        start["zero"].zero_()
+        gradients = {name: [torch.randn(w.shape, generator=g) for _ in rates] for name, w in start.items()}
         gradients["no gradient"] = [torch.zeros(3, 3) for _ in rates]
-        unused = nn.Parameter(torch.ones(2))
+        params = {name: nn.Parameter(w.to(device, copy=True)) for name, w in start.items()}
+        unused = nn.Parameter(torch.ones(2, device=device))
         optimizer = common.LARS([*params.values(), unused], lr=1.0, weight_decay=decay)
         for step, rate in enumerate(rates):
             optimizer.param_groups[0]["lr"] = rate
             for name, p in params.items():
-                p.grad = gradients[name][step].clone()
+                p.grad = gradients[name][step].to(device, copy=True)
             optimizer.step()
         for name, p in params.items():
             want = literal_lars(start[name], gradients[name], rates, decay)
-            assert_close(p, want, 2e-6 * max(1, want.abs().max().item()), f"{name}, decay {decay}")
+            assert_close(p.cpu(), want, 2e-6 * max(1, want.abs().max().item()), f"{device} {name}, decay {decay}")
         outside = literal_lars(start["vector"], gradients["vector"], rates, decay, rate_inside=False)
-        assert (params["vector"] - outside).abs().max() > 0.1
+        assert (params["vector"].cpu() - outside).abs().max() > 0.1
         assert unused.tolist() == [1, 1] and params["zero"].abs().max() > 0
 
 
-def test_lars_zero_gradient():
-    """A zero gradient or weight has t = 1: nothing becomes NaN, and a zero weight takes the plain step."""
-    p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.zeros(2, 2))
-    p.grad, q.grad = torch.zeros(2, 2), torch.full((2, 2), 2.0)
-    common.LARS([p, q], lr=0.5).step()
-    assert p.tolist() == [[1, 1], [1, 1]] and q.tolist() == [[-1, -1], [-1, -1]]
-
-
-def test_lars_errors():
-    """ValueError for settings that are negative or not finite; a closure's loss is returned."""
-    p = nn.Parameter(torch.ones(2))
+def test_loss_and_lars_errors():
+    """ValueError for other shapes, temperatures that are not above 0, and settings negative or not finite."""
+    z, p = torch.randn(4, 3, generator=rng()), nn.Parameter(torch.ones(2))
+    for bad in ((z, z[:3], 0.5), (z[0], z[0], 0.5), (z, z, 0.0), (z, z, -1.0), (z, z, math.nan)):
+        with raises(ValueError, "info_nce"):
+            common.info_nce(*bad)
     for name, value in (("lr", -1), ("lr", math.nan), ("lr", math.inf), ("momentum", -1), ("weight_decay", -1)):
         with raises(ValueError, name):
             common.LARS([p], **{"lr": 1} | {name: value})
-    assert common.LARS([p], lr=1).step(lambda: 5) == 5
+    assert common.LARS([p], lr=1).step(lambda: 5) == 5, "a closure's loss is returned"
 
 
 def test_warmup_cosine():
     """0, 1 and 0 at the ends, linear then cosine in between, 1 at once without warmup, 0 beyond the end."""
-    f = [common.warmup_cosine(step, 50, 10) for step in range(51)]
-    assert f[0] == 0 and f[10] == 1 and abs(f[50]) < 1e-12 and common.warmup_cosine(60, 50, 10) == 0
     for step in range(51):
         want = step / 10 if step <= 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 40))
-        assert abs(f[step] - want) < 1e-12, f"step {step}"
-    assert all(a < b for a, b in zip(f[:10], f[1:11])) and all(a > b for a, b in zip(f[10:], f[11:]))
+        assert abs(common.warmup_cosine(step, 50, 10) - want) < 1e-12, f"step {step}"
+    assert common.warmup_cosine(60, 50, 10) == 0
     assert common.warmup_cosine(0, 20, 0) == 1 and common.warmup_cosine(3, 3, 3) == 1
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Augmentation
-# ======================================================================================================================
+# ============================================================================================================
 
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -729,35 +718,39 @@ def torchvision_view(image, size, p, blur):
 def some_images(g, n, height, width):
     """uint8 images: half of them noise, half smooth with saturated and gray parts."""
     noise = torch.rand(n, 3, height, width, generator=g)
-    smooth = F.interpolate(2 * torch.rand(n, 3, 4, 4, generator=g) - 0.5, (height, width), mode="bicubic").clamp(0, 1)
+    coarse = 2 * torch.rand(n, 3, 4, 4, generator=g) - 0.5
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
     smooth[:, :, :3] = smooth[:, :1, :3]
     images = torch.where(torch.arange(n).view(-1, 1, 1, 1) % 2 == 0, noise, smooth)
     return (images * 255).round().to(torch.uint8)
 
 
 def test_augment_values():
-    """Image by image equal to torchvision's functional operations with the same parameters: enlarging and shrinking."""
+    """Image by image equal to torchvision's functional operations with the same parameters, on every device."""
     g = rng()
-    for height, width, size, strength, blur in ((32, 32, 32, 0.5, False), (32, 32, 48, 1, True), (40, 24, 16, 1, True),
-                                                (48, 64, 30, 1, True), (20, 30, 40, 1, False)):
+    cases = (32, 32, 32, 0.5, False), (32, 32, 48, 1, True), (40, 24, 16, 1, True), (48, 64, 30, 1, True)
+    for height, width, size, strength, blur in (*cases, (20, 30, 40, 1, False)):
         images = some_images(g, 16, height, width)
         params = common.simclr_params(16, height, width, "cpu", g, strength)
         boxes = {name: params[name] for name in ("box", "flip")}
-        views = common.simclr_augment(images, size, strength, blur, params=params)
-        crops = common.imagenet_augment(images, size, MEAN, STD, params=boxes)
-        assert views.dtype == torch.float32 and views.shape == (16, 3, size, size)
-        for i in range(16):
-            for got, p in ((views, params), (crops, boxes)):
-                want = torchvision_view(images[i], size, sliced(p, i), blur)
-                assert_close(got[i], want, 1e-3, f"{height} x {width} -> {size}, blur {blur}")
         whole = TF.resize(images.float() / 255, [size, size], antialias=True)
-        assert_close(common.simclr_test(images, size), whole, 1e-4, "simclr_test")
-        want = (whole - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        assert_close(common.imagenet_test(images, size, MEAN, STD), want, 1e-3, "imagenet_test")
+        standard = (whole - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        views, crops = ([torchvision_view(images[i], size, sliced(p, i), blur) for i in range(16)]
+                        for p in (params, boxes))
+        for device in DEVICES:
+            moved, there = images.to(device), {name: value.to(device) for name, value in params.items()}
+            got = common.simclr_augment(moved, size, strength, blur, params=there)
+            what = f"{device} float32, {height} x {width} -> {size}, blur {blur}: "
+            assert got.dtype == torch.float32 and got.device.type == device.type
+            assert_close(got.cpu(), torch.stack(views), 1e-3, what + "simclr_augment")
+            got = common.imagenet_augment(moved, size, MEAN, STD, params=there).cpu()
+            assert_close(got, torch.stack(crops), 1e-3, what + "imagenet_augment")
+            assert_close(common.simclr_test(moved, size).cpu(), whole, 1e-4, what + "simclr_test")
+            assert_close(common.imagenet_test(moved, size, MEAN, STD).cpu(), standard, 1e-3, what + "imagenet_test")
 
 
 def test_augment_batching():
-    """A batch equals its slices with sliced parameters; a seed gives one result; every image has its own parameters."""
+    """A batch equals its slices with sliced parameters; a seed gives one result; no images share parameters."""
     g = rng()
     images = some_images(g, 1, 32, 32).expand(120, 3, 32, 32)
     params = common.simclr_params(120, 32, 32, "cpu", g)
@@ -765,39 +758,40 @@ def test_augment_batching():
     for rows in (slice(0, 50), slice(50, 53), slice(53, 120)):
         part = common.simclr_augment(images[rows], 48, params=sliced(params, rows))
         assert_close(part, whole[rows], 1e-6, "slice")
-    for augment in (common.simclr_augment, common.imagenet_augment):
-        first, again, other = (augment(images, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-        assert torch.equal(first, again) and not torch.equal(first, other)
-        assert len({x.numpy().tobytes() for x in first}) > 100, "images share their parameters"
+    for augment, device in itertools.product((common.simclr_augment, common.imagenet_augment), DEVICES):
+        first, again, other = (augment(images.to(device), 16, generator=torch.Generator(device).manual_seed(seed))
+                               for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other), device
+        assert len({x.cpu().numpy().tobytes() for x in first}) > 100, f"{device}: images share their parameters"
 
 
 def test_augment_boxes_distribution():
-    """Crop area, aspect and position and the flip follow torchvision's RandomResizedCrop, square and narrow images."""
+    """Crop area, aspect and position and the flip follow torchvision's RandomResizedCrop, also when narrow."""
     torch.manual_seed(SEED)
+    measures = {"top": lambda t, l, h, w: t, "left": lambda t, l, h, w: l, "area": lambda t, l, h, w: h * w,
+                "aspect": lambda t, l, h, w: np.log(w / h), "bottom": lambda t, l, h, w: t + h}
     for height, width, draws in ((32, 32, 6000), (64, 24, 2000), (200, 10, 500)):
         image = torch.zeros(3, height, width)
         crop = torchvision.transforms.RandomResizedCrop
-        reference = np.array([crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(draws)], float)
+        reference = [crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(draws)]
         params = common.imagenet_params(40000, height, width, "cpu", rng())
         boxes = params["box"].numpy().astype(float)
         assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
-        for name, measure in (("top", lambda t, l, h, w: t), ("left", lambda t, l, h, w: l),
-                              ("area", lambda t, l, h, w: h * w), ("aspect", lambda t, l, h, w: np.log(w / h)),
-                              ("bottom", lambda t, l, h, w: t + h)):
-            assert_same_distribution(measure(*boxes.T), measure(*reference.T), f"{name} of {height} x {width}")
+        for name, measure in measures.items():
+            got, want = (measure(*np.array(rows, float).T) for rows in (boxes, reference))
+            assert_same_distribution(got, want, f"{name} of {height} x {width}")
         assert_rate(params["flip"], 0.5, "flip")
 
 
 def test_augment_colour_distribution():
     """Jitter factors, order and the rates and ranges of App. A of SimCLR."""
-    n = 20000
     for strength in (0.5, 1.0, 1.5):
-        p = common.simclr_params(n, 32, 32, "cpu", rng(), strength)
+        p = common.simclr_params(20000, 32, 32, "cpu", rng(), strength)
         ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3 + [(-0.2 * strength, 0.2 * strength)]
         uniform = [(p["factors"][:, i], *r) for i, r in enumerate(ranges)] + [(p["sigma"], 0.1, 2.0)]
         for i, (values, low, high) in enumerate(uniform):
             assert values.min() >= low and values.max() <= high
-            assert_same_distribution(values, lambda x: (x - low) / (high - low), f"factor {i}, strength {strength}")
+            assert_same_distribution(values, lambda x: (x - low) / (high - low), f"factor {i} at {strength}")
         for name, rate in (("jitter", 0.8), ("gray", 0.2), ("blur", 0.5)):
             assert_rate(p[name], rate, name)
         orders = [tuple(order) for order in p["order"].tolist()]
@@ -916,74 +910,19 @@ def test_data_errors():
                 common.load_data(path, torch.device("cpu"))
 
 
-# ======================================================================================================================
-# Order of the images, exact large batches
-# ======================================================================================================================
+# ============================================================================================================
+# The training loops, with a small network in the place of the ResNet-50
+# ============================================================================================================
 
-
-def test_order():
-    """The stream is one permutation of the subset per epoch, whatever the batch, and depends on seed and epoch only."""
-    n, total, batch = 23, 60, 9
-    orders = [common.Order(seed, n, total, torch.device("cpu")) for seed in (0, 0, 1)]
-    stream = torch.cat([orders[0][i:i + batch] for i in range(0, 5 * n, batch)])[:5 * n].view(5, n)
-    assert len({tuple(sorted(epoch)) for epoch in stream.tolist()}) == 1, "an epoch is no permutation of the subset"
-    assert len(set(stream[0].tolist())) == n and len({tuple(epoch) for epoch in stream.tolist()}) == 5
-    assert torch.equal(orders[1][3 * n:4 * n], stream[3]), "an epoch's order depends on what was asked before"
-    assert torch.equal(orders[1][n - 3:3 * n + 2], stream.flatten()[n - 3:3 * n + 2]), "a batch of several epochs"
-    other = orders[2][0:n]
-    assert not torch.equal(other, stream[0]) and torch.equal(other.sort().values, stream[0].sort().values)
-
-
-def test_steps():
-    """Steps until an epoch's last image is used: the paper's totals, and a count by hand."""
-    assert common.steps_until(1300, 50000, 4096) == 15870 and common.steps_until(300, 50000, 8192) == 1832
-    for epoch in range(1, 8):
-        assert common.steps_until(epoch, 23, 9) == next(s for s in range(99) if 9 * s >= 23 * epoch)
-
-
-def stand_in(model, images, labels, micro_batch):
-    """What the gradient functions use of a Run, and a Batch; augmentation parameters depend on the view only."""
-    settings = {"micro_batch": micro_batch, "image_size": 16, "strength": 0.5, "blur": False, "temperature": 0.5,
-                "mean": MEAN, "std": STD}
-    run = types.SimpleNamespace(settings=settings, model=model, network=model, device=torch.device("cpu"),
-                                autocast=contextlib.nullcontext, no_sync=contextlib.nullcontext)
-
-    def draw(make, view, options):
-        return make(len(images), *images.shape[2:], "cpu", torch.Generator().manual_seed(SEED + view), **options)
-
-    return run, common.Batch(images, labels, draw)
-
-
-def test_micro_batches_exchange_once():
-    """Several processes exchange gradients in the last chunk's backward pass only: all others run under no_sync."""
-    g, silent, passes = rng(), [], []
-
-    @contextlib.contextmanager
-    def no_sync():
-        silent.append(True)
-        yield
-        silent.pop()
-
-    model = small_network(group_norm)
-    model[7].weight.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
-    for gradients in (train_simclr.contrastive_gradients, train_supervised.supervised_gradients):
-        run, batch = stand_in(model, some_images(g, 10, 20, 20), torch.randint(6, (10,), generator=g), 3)
-        run.no_sync = no_sync
-        passes.clear()
-        gradients(run, batch)
-        assert passes == [True, True, True, False], f"{gradients.__name__}: {passes}"
-
-
-def views_of(batch, rows):
-    """Both augmented views of some of the batch's images."""
-    params = [batch.params(common.simclr_params, view, strength=0.5) for view in (0, 1)]
-    return [common.simclr_augment(batch.images[rows], 16, 0.5, False, params=sliced(p, rows)) for p in params]
+SMALL = {"batch": 10, "images": 25, "epochs": 2, "size": 16, "rate": 6.0}  # 5 steps; step 2 ends the first epoch
 
 
 def small_network(norm):
-    """A small convolutional net, whose embeddings point in all directions."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 6, bias=False))
+    """A small convolutional net, whose embeddings point in all directions; its weights follow from the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 6, bias=False))
 
 
 def group_norm(channels):
@@ -991,68 +930,163 @@ def group_norm(channels):
     return nn.GroupNorm(4, channels)
 
 
-def test_micro_batches():
-    """Whatever the micro-batch, both gradients are those of the whole batch's loss, written out in float64."""
+def small_data(device):
+    """Random images of 6 classes; fewer test images than a batch has."""
     g = rng()
-    images, labels = some_images(g, 10, 20, 20), torch.randint(6, (10,), generator=g)
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        model = small_network(group_norm)
-    exact = small_network(group_norm).double()
-    exact.load_state_dict(model.state_dict())
-    _, batch = stand_in(model, images, labels, 10)
-    views = [exact(view.double()) for view in views_of(batch, slice(None))]
-    loss, accuracy = literal_info_nce(*views, 0.5)
-    loss.backward()
-    references = [(train_simclr.contrastive_gradients, loss.item(), accuracy, gradients_of(exact))]
-    logits = exact(common.imagenet_augment(images, 16, MEAN, STD, params=batch.params(common.imagenet_params)).double())
-    loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / 10
-    loss.backward()
-    accuracy = (logits.argmax(1) == labels).double().mean()
-    references.append((train_supervised.supervised_gradients, loss.item(), accuracy, gradients_of(exact)))
-    for gradients, loss, accuracy, want in references:
-        for micro_batch in (10, 5, 3, 1):
-            got_loss, got_accuracy = gradients(*stand_in(model, images, labels, micro_batch))
-            assert_close(got_loss, loss, 2e-6, "loss")
-            assert_close(got_accuracy, accuracy, 1e-6, "accuracy")
-            assert not got_loss.requires_grad
-            got, name = gradients_of(model), f"{gradients.__name__}, micro-batch {micro_batch}: gradient"
-            assert_same_direction_and_size(got, want, 1e-4, name)
-            whole = got if micro_batch == 10 else whole  # shares the rounding of float32, unlike the reference
-            assert_same_direction_and_size(got, whole, 1e-5, name)
+    labels = [torch.randint(6, (n,), generator=g).to(device) for n in (SMALL["images"], 7)]
+    images = [some_images(g, len(part), 20, 20).to(device) for part in labels]
+    return common.Data(images[0], labels[0], images[1], labels[1], list("abcdef"))
+
+
+def recorded_run(script, device, folder, *flags, norm=group_norm):
+    """Runs a script's `main` with a small network; returns its steps, epochs' records, network and exchanges.
+
+    A step is (weights before, gradients, rate); an exchange is True for a backward pass under no_sync.
+    """
+    steps, silent, passes, model = [], [], [], small_network(norm)
+
+    class Recorder(common.LARS):
+        def step(self):
+            group = self.param_groups[0]
+            weights, gradients = ([t.detach().cpu().clone() for t in tensors]
+                                  for tensors in (group["params"], [p.grad for p in group["params"]]))
+            steps.append((weights, gradients, group["lr"]))
+            super().step()
+
+    @contextlib.contextmanager
+    def no_sync():
+        silent.append(True)
+        yield
+        silent.pop()
+
+    def wrapped(network, _):
+        network.no_sync = no_sync
+        network[7].weight.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
+        return network
+
+    argv = [script.__name__, "--preset", "demo", "--data", "unread", "--out", folder, "--seeds", 3, "--subset",
+            SMALL["images"], "--batch-size", SMALL["batch"], "--epochs", SMALL["epochs"], "--precision", "fp32",
+            "--image-size", SMALL["size"], "--lr", SMALL["rate"], "--device", device, *flags]
+    with contextlib.ExitStack() as stack:
+        for target, name, value in ((script, "LARS", Recorder), (script, "build_model", lambda *_, **__: model),
+                                    (script, "load_data", lambda *_: small_data(device)),
+                                    (common, "for_all_ranks", wrapped), (sys, "argv", [str(x) for x in argv])):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(torch.backends.cudnn.flags(deterministic=True, allow_tf32=False))
+        script.main()
+    method = script.__name__.removeprefix("train_")
+    records = [r for r in log_of(Path(folder) / f"{method}_seed3.pt") if "epoch" in r]
+    return steps, records, model.cpu(), passes
+
+
+def literal_step(method, weights, step, device):
+    """(loss, accuracy, gradients) of a step by the letter: its images, their augmentation, the loss in float64."""
+    data, network = small_data(device), small_network(group_norm).double()
+    n, batch, size = SMALL["images"], SMALL["batch"], SMALL["size"]
+    for p, w in zip(network.parameters(), weights):
+        p.data.copy_(w)
+    orders = [torch.randperm(n, generator=common.generator_for("cpu", "order", 3, epoch)) for epoch in range(2)]
+    rows = torch.cat(orders)[step * batch:(step + 1) * batch].to(device)
+    images, labels = data.train_images[rows], data.train_labels[rows].cpu()
+    keys = [common.generator_for(device, "augmentation", 3, step, view) for view in (0, 1)]
+    if method == "simclr":
+        params = [common.simclr_params(batch, 20, 20, device, key, 0.5) for key in keys]
+        views = [common.simclr_augment(images, size, 0.5, False, params=p).cpu().double() for p in params]
+        loss, accuracy = literal_info_nce(*(network(view) for view in views), 0.5)
+    else:
+        mean, std = common.channel_statistics(data.train_images)
+        params = common.imagenet_params(batch, 20, 20, device, keys[0])
+        logits = network(common.imagenet_augment(images, size, mean, std, params=params).cpu().double())
+        loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / batch
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+    return loss.item(), accuracy, torch.autograd.grad(loss, list(network.parameters()))
+
+
+def test_loops_literal():
+    """Images, labels, augmentation, rate, loss and gradient of every step, whatever the device and micro-batch."""
+    for device, script in itertools.product(DEVICES, (train_simclr, train_supervised)):
+        method = script.__name__.removeprefix("train_")
+        for micro_batch in (10, 5, 4):
+            with temporary_folder() as folder:
+                steps, records, model, passes = recorded_run(script, device, folder, "--micro-batch", micro_batch)
+            what = f"{device} float32, {method}, micro-batch {micro_batch}: "
+            assert len(steps) == 5, what
+            literal = [literal_step(method, weights, step, device) for step, (weights, *_) in enumerate(steps)]
+            for step, ((_, gradients, rate), (*_, want)) in enumerate(zip(steps, literal)):
+                factor = common.warmup_cosine(step, 5, int(0.5 * 25 // 10))
+                assert_close(rate, 6.0 * 10 / 256 * factor, 1e-9, what + f"rate of step {step}")
+                assert_same_direction_and_size(gradients, want, 1e-4, what + f"gradient of step {step}")
+            for record, epoch in zip(records, (literal[:3], literal[3:])):
+                assert_close(record["loss"], np.mean([loss for loss, *_ in epoch]), 5e-6, what + "loss")
+                assert_close(record["accuracy"], np.mean([a for _, a, _ in epoch]), 1e-6, what + "accuracy")
+            pieces = -(-10 // micro_batch)
+            assert passes == ([True] * (pieces - 1) + [False]) * 5, what + "gradients are exchanged once a step"
+        if method == "supervised":
+            data = small_data("cpu")
+            inputs = common.imagenet_test(data.test_images, 16, *common.channel_statistics(data.train_images))
+            right = (model(inputs).argmax(1) == data.test_labels).double().mean()
+            assert_close(records[-1]["test_accuracy"], right, 1e-6, what + "test accuracy")
+
+
+def test_order():
+    """The stream is one permutation of the subset per epoch, whatever the batch, from seed and epoch only."""
+    def stream(start, stop, seed=0, n=23, batch=9):
+        steps = range(start // batch, -(-stop // batch))
+        images = torch.cat([common.images_of_step(step, batch, seed, n, 60, torch.device("cpu")) for step in steps])
+        return images[start - start // batch * batch:][:stop - start]
+
+    epochs = [stream(23 * epoch, 23 * (epoch + 1)) for epoch in range(5)]
+    assert len({tuple(sorted(epoch.tolist())) for epoch in epochs}) == 1, "an epoch is no permutation of the subset"
+    assert len(set(epochs[0].tolist())) == 23 and len({tuple(epoch.tolist()) for epoch in epochs}) == 5
+    assert torch.equal(stream(20, 71, batch=40), torch.cat(epochs)[20:71]), "the stream depends on the batch"
+    other = stream(0, 23, seed=1)
+    assert not torch.equal(other, epochs[0]) and torch.equal(other.sort().values, epochs[0].sort().values)
+    assert common.steps_until(1300, 50000, 4096) == 15870 and common.steps_until(300, 50000, 8192) == 1832
+    for epoch in range(1, 8):
+        assert common.steps_until(epoch, 23, 9) == next(s for s in range(99) if 9 * s >= 23 * epoch)
+
+
+def watched_batch_norm(*args, **kwargs):
+    """torch's batch norm, which in training must have running statistics: SyncBatchNorm fails in bf16 without."""
+    mean, training = args[1], args[5]
+    assert not (training and mean is None), "batch norm in training without running statistics"
+    return BATCH_NORM(*args, **kwargs)
+
+
+BATCH_NORM = F.batch_norm
 
 
 def test_micro_batch_statistics():
-    """Batch norm counts each chunk of a micro-batched SimCLR step exactly once."""
-    g = rng()
-    images = some_images(g, 10, 20, 20)
-    model = small_network(nn.BatchNorm2d).train()
-    run, batch = stand_in(model, images, None, 4)
+    """Batch norm counts each chunk of a micro-batched SimCLR step once, and never lacks running statistics."""
+    g, model = rng(), small_network(nn.BatchNorm2d).train()
+    chunks = [torch.rand(n, 3, 16, 16, generator=g) for n in (8, 8, 4)]
     mean, var = torch.zeros(8), torch.ones(8)
-    for rows in (slice(0, 4), slice(4, 8), slice(8, 10)):
-        x = model[0](torch.cat(views_of(batch, rows))).detach().transpose(0, 1).flatten(1)  # (channels, all places)
+    for chunk in chunks:
+        x = model[0](chunk).detach().transpose(0, 1).flatten(1)  # (channels, all places)
         mean, var = 0.9 * mean + 0.1 * x.mean(1), 0.9 * var + 0.1 * x.var(1)
-    train_simclr.contrastive_gradients(run, batch)
-    assert_close(model[1].running_mean, mean, 1e-5, "running mean")
-    assert_close(model[1].running_var, var, 1e-5, "running variance")
-    assert model[1].num_batches_tracked == model[4].num_batches_tracked == 3
-    assert all(m.track_running_stats for m in (model[1], model[4]))
+    with mock.patch.object(F, "batch_norm", watched_batch_norm), temporary_folder() as folder:
+        train_simclr.cached_gradients(model, chunks, 0.5, model, contextlib.nullcontext)
+        assert_close(model[1].running_mean, mean, 1e-5, "running mean")
+        assert_close(model[1].running_var, var, 1e-5, "running variance")
+        assert model[1].num_batches_tracked == model[4].num_batches_tracked == 3
+        recorded_run(train_simclr, "cpu", folder, "--micro-batch", 4, norm=nn.BatchNorm2d)
 
 
 def test_checkpoint_activations():
     """Computing activations twice changes neither gradient nor running statistics, and does happen twice."""
-    g = rng()
-    images = torch.rand(4, 3, 32, 32, generator=g)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        plain, twice = (torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [2, 1, 1, 1]) for _ in range(2))
+        images, block = torch.rand(4, 3, 32, 32), torchvision.models.resnet.Bottleneck
+        plain, twice = (torchvision.models.ResNet(block, [2, 1, 1, 1]) for _ in range(2))
     twice.load_state_dict(plain.state_dict())
     names = list(plain.state_dict())
     common.checkpoint_blocks(twice)
     forwards = mock.Mock(side_effect=lambda *_: None)
     twice.layer3[0].conv2.register_forward_hook(forwards)
-    for model in (plain, twice):
-        model(images).square().sum().backward()
+    with mock.patch.object(F, "batch_norm", watched_batch_norm):
+        for model in (plain, twice):
+            model(images).square().sum().backward()
     assert forwards.call_count == 2
     assert_same_direction_and_size(gradients_of(twice), gradients_of(plain), 1e-6)
     assert list(twice.state_dict()) == names
@@ -1060,9 +1094,9 @@ def test_checkpoint_activations():
         assert torch.equal(a, b), f"{name} differs"
 
 
-# ======================================================================================================================
-# The scripts at tiny size. They run inside this process, which has torch loaded already, unless they must be killed
-# ======================================================================================================================
+# ============================================================================================================
+# The scripts at tiny size. They run in this process, which has torch loaded already, unless they must be killed
+# ============================================================================================================
 
 METHODS = "simclr", "supervised"
 
@@ -1089,10 +1123,10 @@ def assert_refused(script, *flags, words=()):
 
 
 def flags_for(method, out, *more):
-    """Flags of a run of 3 steps, the second of which ends the first of 2 epochs; SimCLR's are 2 micro-batches each."""
+    """Flags of a run of 3 steps, the second of which ends the first of 2 epochs; SimCLR's in 2 micro-batches."""
     micro_batch = ["--micro-batch", 8] if method == "simclr" else []
-    return ["--preset", "demo", "--data", tiny_data(), "--out", out, "--subset", 24, "--batch-size", 16, "--epochs", 2,
-            "--image-size", 16, "--precision", "fp32", "--device", "cpu", *micro_batch, *more]
+    return ["--preset", "demo", "--data", tiny_data(), "--out", out, "--subset", 24, "--batch-size", 16, "--epochs",
+            2, "--image-size", 16, "--precision", "fp32", "--device", "cpu", *micro_batch, *more]
 
 
 @functools.cache
@@ -1117,6 +1151,7 @@ def tiny_checkpoints():
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
         assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
+        assert err == "" and f"fp32 on cpu, 1 process, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
 
@@ -1149,18 +1184,20 @@ def assert_log(path):
     assert {"settings", "commit", "torch", "torchvision", "device"} <= first.keys()
     epochs = [r for r in rest if "epoch" in r]
     assert [r["epoch"] for r in epochs] == [1, 2]
-    wanted = {"loss", "lr", "images_per_second", "accuracy"} | ({"test_accuracy"} if "super" in path.name else set())
+    wanted = {"loss", "lr", "images_per_second", "accuracy"}
+    wanted |= {"test_accuracy"} if "super" in path.name else set()
     assert all(wanted <= r.keys() and math.isfinite(r["loss"]) for r in epochs)
 
 
 def test_scripts_checkpoint():
-    """A checkpoint loads with weights_only; torchvision's ResNet-50 takes the backbone; load_model gives the same."""
+    """A checkpoint loads with weights_only; torchvision's ResNet-50 takes the backbone, load_model the same."""
     images = torch.rand(4, 3, 32, 32, generator=rng())
     for method in METHODS:
         path = tiny_checkpoints() / f"{method}_seed1.pt"
         saved = torch.load(path, weights_only=True)
         assert saved["epoch"] == 2 and saved["settings"]["seed"] == 1
         assert saved["settings"]["classes"] == ["ant", "bee", "cat", "dog"]
+        assert saved["settings"]["data"] == str(tiny_data().absolute())
         network = torchvision.models.resnet50()
         keys = network.load_state_dict(saved["backbone"], strict=False)
         assert set(keys.missing_keys) == {"fc.weight", "fc.bias"} and not keys.unexpected_keys
@@ -1255,16 +1292,40 @@ def test_checkpoint_other_projects():
         assert len(settings["left_out"]) == 18 and all(name.startswith("fc.layers.") for name in settings["left_out"])
 
 
-def test_save_atomically():
-    """A save that fails, while pickling or at the disk, leaves the old file and no temporary one."""
+def test_write_atomically():
+    """A save that fails, while pickling or at the disk, leaves the old file and no temporary one; folders that
+    cannot be opened or flushed (Windows, network drives) do no harm."""
+    flush, open_file = os.fsync, os.open
+    full, strange = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EINVAL, "Invalid argument")
+
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise strange
+        flush(number)
+
+    def no_folders(path, *args, **options):
+        if Path(path).is_dir():
+            raise strange
+        return open_file(path, *args, **options)
+
+    class FullDisk(io.RawIOBase):
+        def write(self, _):
+            raise full
+
     with temporary_folder() as folder:
         path = folder / "x.pt"
         common.save_atomically({"a": torch.ones(3)}, path)
-        with raises(Exception):
+        with raises(Exception, "pickle"):
             common.save_atomically({"a": lambda: 0}, path)
-        with mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")), raises(OSError):
+        with mock.patch.object(os, "fsync", side_effect=full), raises(common.UserError, "No space left", "kept"):
             common.save_atomically({"a": torch.zeros(3)}, path)
+        with raises(common.UserError, "No space left", str(path)):
+            common.write_atomically(path, lambda _: torch.save(torch.zeros(3), FullDisk()))
         assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1] and os.listdir(folder) == ["x.pt"]
+        for i, (name, stand_in) in enumerate((("fsync", fsync), ("open", no_folders))):
+            with mock.patch.object(os, name, stand_in):
+                common.save_atomically(i, path)
+            assert torch.load(path) == i and os.listdir(folder) == ["x.pt"]
 
 
 def test_scripts_killed():
@@ -1279,7 +1340,7 @@ def test_scripts_killed():
         process.kill()
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"ended by itself with {process.returncode}: {err[-300:]}"
-        (folder / "simclr_seed0.pt.tmp").write_bytes(b"left over")
+        (folder / "simclr_seed0.pt.elsewhere-1.tmp").write_bytes(b"left over")
         code, out, err = run_script("train_simclr.py", *flags)
         assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
         assert_identical(path, tiny_checkpoints() / path.name)
@@ -1289,26 +1350,32 @@ def test_scripts_killed():
 
 def interrupted(script, flags, at, number):
     """run_script, with a signal sent to this process during the step with number `at`."""
-    take_step = common.Run.take_step
+    count = common.Run.count
 
-    def signalled(run, gradients):
+    def signalled(run, *results):
         if run.step == at:
             os.kill(os.getpid(), number)
-        take_step(run, gradients)
+        count(run, *results)
 
-    with mock.patch.object(common.Run, "take_step", signalled):
+    with mock.patch.object(common.Run, "count", signalled):
         return run_script(script, *flags)
 
 
 def test_scripts_signals():
-    """SIGINT inside an epoch and SIGTERM at its end save and exit within the step; resumed, the bits are the same."""
+    """SIGINT in an epoch and SIGTERM at its end save and exit within the step; resumed, the bits are the same.
+    The checkpoint is one of an older version: a setting is missing, the path of the data relative."""
     with temporary_folder() as folder:
         path, flags = folder / "supervised_seed0.pt", flags_for("supervised", folder, "--seeds", 0)
-        for at, number, words in ((0, signal.SIGINT, "after step 1 of 3"), (1, signal.SIGTERM, "after step 2 of 3")):
+        for at, number, words in ((0, signal.SIGINT, "step 1 of 3"), (1, signal.SIGTERM, "step 2 of 3")):
             handler = signal.getsignal(number)
             code, out, err = interrupted("train_supervised.py", flags, at, number)
             assert code == 128 + number and words in out, f"exit code {code}: {out[-300:]} {err[-300:]}"
-            assert signal.getsignal(number) == handler and torch.load(path, weights_only=True)["step"] == at + 1
+            assert signal.getsignal(number) == handler
+            assert torch.load(path, weights_only=True)["step"] == at + 1
+        older = torch.load(path, weights_only=True)
+        older["settings"]["data"] = "data"
+        del older["settings"]["train_images"]
+        torch.save(older, path)
         code, out, _ = run_script("train_supervised.py", *flags)
         assert code == 0 and "resumed after epoch 1" in out
         assert_identical(path, tiny_checkpoints() / path.name)
@@ -1316,14 +1383,17 @@ def test_scripts_signals():
 
 
 def test_scripts_again():
-    """A finished network is skipped and not written again; other settings are refused by name, nothing is changed."""
+    """A finished network is skipped; other settings, and a network in training, are refused; nothing changes."""
     for method in METHODS:
-        path = tiny_checkpoints() / f"{method}_seed0.pt"
+        path, script = tiny_checkpoints() / f"{method}_seed0.pt", f"train_{method}.py"
+        flags = flags_for(method, path.parent, "--seeds", 0)
         before = path.stat().st_mtime_ns, path.with_suffix(".jsonl").read_bytes()
-        code, out, _ = run_script(f"train_{method}.py", *flags_for(method, path.parent, "--seeds", 0))
+        code, out, _ = run_script(script, *flags)
         assert code == 0 and "skipped" in out
-        other = flags_for(method, path.parent, "--seeds", 0, "--lr", 0.7, "--stem", "cifar")
-        assert_refused(f"train_{method}.py", *other, words=["lr", "0.7", "stem", "cifar"])
+        assert_refused(script, *flags, "--lr", 0.7, "--stem", "cifar", words=["lr", "0.7", "stem", "cifar"])
+        with open(path.with_suffix(".jsonl"), "ab") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            assert_refused(script, *flags, words=[f"{method}_seed0.jsonl", "another process"])
         assert before == (path.stat().st_mtime_ns, path.with_suffix(".jsonl").read_bytes())
 
 
@@ -1333,29 +1403,116 @@ def test_scripts_bad_flags():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
         bad = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
-               "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--warmup-epochs": (-1, 5),
-               "--checkpoint-every": (0,), "--seeds": (-1, "x"), "--stem": ("huge",), "--precision": ("fp8",),
-               "--preset": ("none",), "--device": ("nosuch", "meta"), "--out": (file, file / "below"), "--other": (1,)}
+               "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
+               "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"), "--stem": ("huge",),
+               "--precision": ("fp8",), "--preset": ("none",), "--device": ("nosuch", "meta"),
+               "--out": (file, file / "below")}
         for method in METHODS:
             for flag, values in (bad | {"--temperature": (0, "nan")} if method == "simclr" else bad).items():
                 for value in values:
                     assert_refused(f"train_{method}.py", *flags_for(method, out, flag, value), words=[flag])
             for path in (folder / "nothing", file):
                 assert_refused(f"train_{method}.py", *flags_for(method, out, "--data", path), words=[str(path)])
+        for flags in (["--seeds", 1, 1], ["--compile", "--checkpoint-activations"]):
+            assert_refused("train_simclr.py", *flags_for("simclr", out, *flags), words=flags[:1])
         assert file.read_text() == "kept" and not list(out.glob("*"))
 
 
-def test_scripts_not_finite():
-    """A loss that is no longer finite stops the run, names the step, and leaves no checkpoint of it."""
+def test_scripts_help():
+    """--help shows the chosen preset's values."""
+    for preset, epochs in (("paper", 1300), ("small", 12)):
+        code, out, _ = run_script("train_simclr.py", "--help", f"--preset={preset}")
+        assert code == 0 and f"(default: {epochs})" in " ".join(out.split()) and "size and memory" in out
+
+
+def test_scripts_stop():
+    """Losses that are not finite and a lack of memory stop a run with one line, and leave no checkpoint of it."""
     with temporary_folder() as folder:
         flags = flags_for("supervised", folder, "--seeds", 0, "--lr", 1e30, "--warmup-epochs", 0)
         assert_refused("train_supervised.py", *flags, words=["step 1", "finite"])
+        with mock.patch.object(common, "info_nce_and_accuracy", side_effect=RuntimeError("Could not create a primitive")):
+            assert_refused("train_simclr.py", *flags_for("simclr", folder, "--seeds", 0),
+                           words=["out of memory", "--micro-batch 8", "--checkpoint-activations"])
         assert not list(folder.glob("*.pt*"))
 
 
-# ======================================================================================================================
-# Several processes
-# ======================================================================================================================
+def test_errors_out_of_memory():
+    """Whoever runs out of memory, wherever: one line, exit code 2. A fault of the program stays a traceback."""
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("std::bad_alloc"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+                  RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "Cannot allocate memory"),
+                  RuntimeError("not enough memory: you tried"), RuntimeError("can't start new thread")):
+        err = io.StringIO()
+        with raises(SystemExit, "2"), contextlib.redirect_stderr(err), common.user_errors():
+            raise error
+        assert err.getvalue().startswith("error: out of memory; ") and err.getvalue().count("\n") == 1, repr(error)
+        with raises(common.UserError, "out of memory with less"), common.out_of_memory_advice("less"):
+            raise error
+    for advice in (contextlib.nullcontext(), common.out_of_memory_advice("less")):
+        with raises(RuntimeError, "shapes"), common.user_errors(), advice:
+            raise RuntimeError("shapes do not fit")
+
+
+def test_progress():
+    """At a terminal a line is rewritten, here at every step; and once the time that the run will take is said."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out, err, clock = io.StringIO(), Terminal(), itertools.count(step=3.0)
+    settings = {"method": "simclr", "seed": 0, "train_images": 25, "batch_size": 10, "epochs": 2, "warmup_epochs": 1}
+    data, log = small_data("cpu"), types.SimpleNamespace(path=Path("simclr_seed0.jsonl"))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            mock.patch.object(time, "perf_counter", lambda: next(clock)):
+        args = types.SimpleNamespace(compile=True)
+        run = common.Run(args, settings, data, torch.device("cpu"), log, [])
+        for step in run.steps():
+            run.count(torch.tensor(2.5 + step), torch.tensor(0.5))
+    lines = [line.strip() for line in err.getvalue().split("\r") if line.strip()]
+    assert [line[:24] for line in lines] == [f"epoch 1/2  step {step} of 3" for step in (1, 2, 3)], lines
+    assert "loss 2.5000" in lines[0] and "images/s" in lines[0] and "in the run" in lines[0]
+    assert out.getvalue().count("\n") == 1 and "simclr_seed0: about 0:00:" in out.getvalue(), out.getvalue()
+
+
+# ============================================================================================================
+# Several processes, GPUs of any age
+# ============================================================================================================
+
+
+def test_devices_refused():
+    """What processes and GPUs cannot do is one line; a LOCAL_RANK alone is nobody's torchrun."""
+    def refused(words, device="cpu", processes=1, bf16=False, **changed):
+        args = common.training_arguments("", train_simclr.PRESETS, ["--preset", "demo", "--batch-size", "10"])
+        vars(args).update({"subset": None} | changed)
+        with mock.patch.object(common, "world_size", return_value=processes), \
+                mock.patch.object(common, "has_bf16", return_value=bf16), raises(common.UserError, *words):
+            common.run_settings(args, "simclr", 0, small_data("cpu"), torch.device(device))
+
+    refused(["--precision bf16", "8.0", "fp32"], "cuda", precision="bf16")
+    refused(["--compile", "2"], processes=2, compile=True)
+    refused(["--batch-size 10", "3"], processes=3)
+    refused(["--batch-size 10", "2 images"], processes=10)
+    with mock.patch.dict(os.environ, LOCAL_RANK="3"), common.distributed("cpu") as device:
+        assert device.type == "cpu" and common.world_size() == 1
+
+
+def test_failure_leaves_at_once():
+    """After a failure in one of several processes nobody waits for the others; after success they part."""
+    variables = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    dist, err = torch.distributed, io.StringIO()
+    with mock.patch.dict(os.environ, variables), mock.patch.object(dist, "init_process_group"), \
+            mock.patch.object(dist, "destroy_process_group") as destroy:
+        with raises(RuntimeError, "of memory"), common.distributed("cpu"):
+            raise RuntimeError("CUDA out of memory")
+        assert not destroy.called
+        with common.distributed("cpu"):
+            pass
+        assert destroy.called
+    with mock.patch.object(common, "world_size", return_value=2), contextlib.redirect_stderr(err), \
+            mock.patch.object(os, "_exit", side_effect=SystemExit) as leave, raises(SystemExit):
+        with common.user_errors():
+            raise RuntimeError("CUDA out of memory")
+    assert leave.call_args.args == (2,) and err.getvalue().startswith("error: out of memory")
 
 
 def start_ranks(job, world):
