@@ -1275,9 +1275,9 @@ class Progress:
             begin, end = run.end_of(run.epoch), run.end_of(run.epoch + 1)
             pace = run.spent / (run.step - begin)  # seconds per step
             epoch_left, run_left = (duration((last - run.step) * pace) for last in (end, run.total_steps))
-            self.rewrite(f"epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}  "
-                         f"loss {run.loss.item():.4f}  {run.batch_size / pace:.0f} images/s  "
-                         f"left: {epoch_left} in the epoch, {run_left} in the run")
+            self.rewrite(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  "
+                         f"loss {run.loss.item():.3f}  {run.batch_size / pace:.0f} images/s  "
+                         f"left {epoch_left}, in all {run_left}")
             self.shown = time.perf_counter()
 
     def _tell(self, how_long, pace):

@@ -56,7 +56,8 @@ torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each o
 HERE = Path(__file__).resolve().parent
 CHILD = {"cwd": HERE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # of other processes
 SEED = int(os.environ.get("TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
-DEVICES = [torch.device("cpu")] + [torch.device(d) for d in ("cuda", "mps") if getattr(torch, d).is_available()]
+DEVICES = [torch.device("cpu")]
+DEVICES += [torch.device(name) for name in ("cuda", "mps") if getattr(torch, name).is_available()]
 
 
 def rng():
@@ -658,7 +659,8 @@ def test_lars_sequence():
             optimizer.step()
         for name, p in params.items():
             want = literal_lars(start[name], gradients[name], rates, decay)
-            assert_close(p.cpu(), want, 2e-6 * max(1, want.abs().max().item()), f"{device} {name}, decay {decay}")
+            tolerance = 2e-6 * max(1, want.abs().max().item())
+            assert_close(p.cpu(), want, tolerance, f"{device} float32 {name}, decay {decay}")
         outside = literal_lars(start["vector"], gradients["vector"], rates, decay, rate_inside=False)
         assert (params["vector"].cpu() - outside).abs().max() > 0.1
         assert unused.tolist() == [1, 1] and params["zero"].abs().max() > 0
@@ -670,7 +672,8 @@ def test_loss_and_lars_errors():
     for bad in ((z, z[:3], 0.5), (z[0], z[0], 0.5), (z, z, 0.0), (z, z, -1.0), (z, z, math.nan)):
         with raises(ValueError, "info_nce"):
             common.info_nce(*bad)
-    for name, value in (("lr", -1), ("lr", math.nan), ("lr", math.inf), ("momentum", -1), ("weight_decay", -1)):
+    bad = ("lr", -1), ("lr", math.nan), ("lr", math.inf), ("momentum", -1), ("weight_decay", -1)
+    for name, value in bad:
         with raises(ValueError, name):
             common.LARS([p], **{"lr": 1} | {name: value})
     assert common.LARS([p], lr=1).step(lambda: 5) == 5, "a closure's loss is returned"
@@ -726,7 +729,7 @@ def some_images(g, n, height, width):
 
 
 def test_augment_values():
-    """Image by image equal to torchvision's functional operations with the same parameters, on every device."""
+    """Image by image equal to torchvision's functional operations with the same parameters, by device."""
     g = rng()
     cases = (32, 32, 32, 0.5, False), (32, 32, 48, 1, True), (40, 24, 16, 1, True), (48, 64, 30, 1, True)
     for height, width, size, strength, blur in (*cases, (20, 30, 40, 1, False)):
@@ -746,11 +749,12 @@ def test_augment_values():
             got = common.imagenet_augment(moved, size, MEAN, STD, params=there).cpu()
             assert_close(got, torch.stack(crops), 1e-3, what + "imagenet_augment")
             assert_close(common.simclr_test(moved, size).cpu(), whole, 1e-4, what + "simclr_test")
-            assert_close(common.imagenet_test(moved, size, MEAN, STD).cpu(), standard, 1e-3, what + "imagenet_test")
+            got = common.imagenet_test(moved, size, MEAN, STD).cpu()
+            assert_close(got, standard, 1e-3, what + "imagenet_test")
 
 
 def test_augment_batching():
-    """A batch equals its slices with sliced parameters; a seed gives one result; no images share parameters."""
+    """A batch equals its slices with sliced parameters; one seed, one result; no images share parameters."""
     g = rng()
     images = some_images(g, 1, 32, 32).expand(120, 3, 32, 32)
     params = common.simclr_params(120, 32, 32, "cpu", g)
@@ -759,14 +763,14 @@ def test_augment_batching():
         part = common.simclr_augment(images[rows], 48, params=sliced(params, rows))
         assert_close(part, whole[rows], 1e-6, "slice")
     for augment, device in itertools.product((common.simclr_augment, common.imagenet_augment), DEVICES):
-        first, again, other = (augment(images.to(device), 16, generator=torch.Generator(device).manual_seed(seed))
-                               for seed in (1, 1, 2))
+        generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 1, 2)]
+        first, again, other = (augment(images.to(device), 16, generator=g) for g in generators)
         assert torch.equal(first, again) and not torch.equal(first, other), device
-        assert len({x.cpu().numpy().tobytes() for x in first}) > 100, f"{device}: images share their parameters"
+        assert len({x.cpu().numpy().tobytes() for x in first}) > 100, f"{device}: images share parameters"
 
 
 def test_augment_boxes_distribution():
-    """Crop area, aspect and position and the flip follow torchvision's RandomResizedCrop, also when narrow."""
+    """Crop area, aspect, position and flip follow torchvision's RandomResizedCrop, also in narrow images."""
     torch.manual_seed(SEED)
     measures = {"top": lambda t, l, h, w: t, "left": lambda t, l, h, w: l, "area": lambda t, l, h, w: h * w,
                 "aspect": lambda t, l, h, w: np.log(w / h), "bottom": lambda t, l, h, w: t + h}
@@ -787,7 +791,8 @@ def test_augment_colour_distribution():
     """Jitter factors, order and the rates and ranges of App. A of SimCLR."""
     for strength in (0.5, 1.0, 1.5):
         p = common.simclr_params(20000, 32, 32, "cpu", rng(), strength)
-        ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3 + [(-0.2 * strength, 0.2 * strength)]
+        ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3
+        ranges += [(-0.2 * strength, 0.2 * strength)]
         uniform = [(p["factors"][:, i], *r) for i, r in enumerate(ranges)] + [(p["sigma"], 0.1, 2.0)]
         for i, (values, low, high) in enumerate(uniform):
             assert values.min() >= low and values.max() <= high
@@ -914,11 +919,11 @@ def test_data_errors():
 # The training loops, with a small network in the place of the ResNet-50
 # ============================================================================================================
 
-SMALL = {"batch": 10, "images": 25, "epochs": 2, "size": 16, "rate": 6.0}  # 5 steps; step 2 ends the first epoch
+SMALL = {"batch": 10, "images": 25, "epochs": 2, "size": 16, "rate": 6.0}  # 5 steps, 3 in the first epoch
 
 
 def small_network(norm):
-    """A small convolutional net, whose embeddings point in all directions; its weights follow from the seed."""
+    """A small convolutional net, whose embeddings point in all directions; its weights: from the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), norm(8), nn.ReLU(), nn.Conv2d(8, 12, 3), norm(12),
@@ -964,13 +969,15 @@ def recorded_run(script, device, folder, *flags, norm=group_norm):
         network[7].weight.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
         return network
 
-    argv = [script.__name__, "--preset", "demo", "--data", "unread", "--out", folder, "--seeds", 3, "--subset",
-            SMALL["images"], "--batch-size", SMALL["batch"], "--epochs", SMALL["epochs"], "--precision", "fp32",
-            "--image-size", SMALL["size"], "--lr", SMALL["rate"], "--device", device, *flags]
+    argv = [script.__name__, "--preset", "demo", "--data", "unread", "--out", folder, "--seeds", 3,
+            "--subset", SMALL["images"], "--batch-size", SMALL["batch"], "--epochs", SMALL["epochs"],
+            "--image-size", SMALL["size"], "--lr", SMALL["rate"], "--precision", "fp32", "--device", device,
+            *flags]
     with contextlib.ExitStack() as stack:
-        for target, name, value in ((script, "LARS", Recorder), (script, "build_model", lambda *_, **__: model),
-                                    (script, "load_data", lambda *_: small_data(device)),
-                                    (common, "for_all_ranks", wrapped), (sys, "argv", [str(x) for x in argv])):
+        for target, name, value in (
+                (script, "LARS", Recorder), (script, "build_model", lambda *_, **__: model),
+                (script, "load_data", lambda *_: small_data(device)), (common, "for_all_ranks", wrapped),
+                (sys, "argv", [str(word) for word in argv])):
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(torch.backends.cudnn.flags(deterministic=True, allow_tf32=False))
@@ -981,13 +988,14 @@ def recorded_run(script, device, folder, *flags, norm=group_norm):
 
 
 def literal_step(method, weights, step, device):
-    """(loss, accuracy, gradients) of a step by the letter: its images, their augmentation, the loss in float64."""
+    """(loss, accuracy, gradients) of a step by the letter: images, augmentation, then all in float64."""
     data, network = small_data(device), small_network(group_norm).double()
     n, batch, size = SMALL["images"], SMALL["batch"], SMALL["size"]
     for p, w in zip(network.parameters(), weights):
         p.data.copy_(w)
-    orders = [torch.randperm(n, generator=common.generator_for("cpu", "order", 3, epoch)) for epoch in range(2)]
-    rows = torch.cat(orders)[step * batch:(step + 1) * batch].to(device)
+    generators = [common.generator_for("cpu", "order", 3, epoch) for epoch in range(2)]
+    stream = torch.cat([torch.randperm(n, generator=g) for g in generators])
+    rows = stream[step * batch:(step + 1) * batch].to(device)
     images, labels = data.train_images[rows], data.train_labels[rows].cpu()
     keys = [common.generator_for(device, "augmentation", 3, step, view) for view in (0, 1)]
     if method == "simclr":
@@ -1004,15 +1012,16 @@ def literal_step(method, weights, step, device):
 
 
 def test_loops_literal():
-    """Images, labels, augmentation, rate, loss and gradient of every step, whatever the device and micro-batch."""
+    """Images, labels, augmentation, rate, loss and gradient of all steps, on any device, by micro-batches."""
     for device, script in itertools.product(DEVICES, (train_simclr, train_supervised)):
         method = script.__name__.removeprefix("train_")
         for micro_batch in (10, 5, 4):
             with temporary_folder() as folder:
-                steps, records, model, passes = recorded_run(script, device, folder, "--micro-batch", micro_batch)
+                flags = ["--micro-batch", micro_batch]
+                steps, records, model, passes = recorded_run(script, device, folder, *flags)
             what = f"{device} float32, {method}, micro-batch {micro_batch}: "
             assert len(steps) == 5, what
-            literal = [literal_step(method, weights, step, device) for step, (weights, *_) in enumerate(steps)]
+            literal = [literal_step(method, weights, i, device) for i, (weights, *_) in enumerate(steps)]
             for step, ((_, gradients, rate), (*_, want)) in enumerate(zip(steps, literal)):
                 factor = common.warmup_cosine(step, 5, int(0.5 * 25 // 10))
                 assert_close(rate, 6.0 * 10 / 256 * factor, 1e-9, what + f"rate of step {step}")
@@ -1021,7 +1030,7 @@ def test_loops_literal():
                 assert_close(record["loss"], np.mean([loss for loss, *_ in epoch]), 5e-6, what + "loss")
                 assert_close(record["accuracy"], np.mean([a for _, a, _ in epoch]), 1e-6, what + "accuracy")
             pieces = -(-10 // micro_batch)
-            assert passes == ([True] * (pieces - 1) + [False]) * 5, what + "gradients are exchanged once a step"
+            assert passes == ([True] * (pieces - 1) + [False]) * 5, what + "one exchange of gradients a step"
         if method == "supervised":
             data = small_data("cpu")
             inputs = common.imagenet_test(data.test_images, 16, *common.channel_statistics(data.train_images))
@@ -1033,11 +1042,11 @@ def test_order():
     """The stream is one permutation of the subset per epoch, whatever the batch, from seed and epoch only."""
     def stream(start, stop, seed=0, n=23, batch=9):
         steps = range(start // batch, -(-stop // batch))
-        images = torch.cat([common.images_of_step(step, batch, seed, n, 60, torch.device("cpu")) for step in steps])
-        return images[start - start // batch * batch:][:stop - start]
+        images = [common.images_of_step(step, batch, seed, n, 60, torch.device("cpu")) for step in steps]
+        return torch.cat(images)[start - start // batch * batch:][:stop - start]
 
     epochs = [stream(23 * epoch, 23 * (epoch + 1)) for epoch in range(5)]
-    assert len({tuple(sorted(epoch.tolist())) for epoch in epochs}) == 1, "an epoch is no permutation of the subset"
+    assert len({tuple(sorted(epoch.tolist())) for epoch in epochs}) == 1, "an epoch is no permutation"
     assert len(set(epochs[0].tolist())) == 23 and len({tuple(epoch.tolist()) for epoch in epochs}) == 5
     assert torch.equal(stream(20, 71, batch=40), torch.cat(epochs)[20:71]), "the stream depends on the batch"
     other = stream(0, 23, seed=1)
@@ -1048,7 +1057,7 @@ def test_order():
 
 
 def watched_batch_norm(*args, **kwargs):
-    """torch's batch norm, which in training must have running statistics: SyncBatchNorm fails in bf16 without."""
+    """torch's batch norm; in training it must have running statistics, or SyncBatchNorm fails in bf16."""
     mean, training = args[1], args[5]
     assert not (training and mean is None), "batch norm in training without running statistics"
     return BATCH_NORM(*args, **kwargs)
@@ -1058,7 +1067,7 @@ BATCH_NORM = F.batch_norm
 
 
 def test_micro_batch_statistics():
-    """Batch norm counts each chunk of a micro-batched SimCLR step once, and never lacks running statistics."""
+    """Batch norm counts each chunk of a micro-batched SimCLR step once, and always has running statistics."""
     g, model = rng(), small_network(nn.BatchNorm2d).train()
     chunks = [torch.rand(n, 3, 16, 16, generator=g) for n in (8, 8, 4)]
     mean, var = torch.zeros(8), torch.ones(8)
@@ -1095,14 +1104,14 @@ def test_checkpoint_activations():
 
 
 # ============================================================================================================
-# The scripts at tiny size. They run in this process, which has torch loaded already, unless they must be killed
+# The scripts at tiny size, in this process, which has torch loaded already, unless they must be killed
 # ============================================================================================================
 
 METHODS = "simclr", "supervised"
 
 
 def run_script(script, *flags):
-    """Runs a script as `python <script> <flags>` would; returns (exit code, standard output, standard error)."""
+    """Runs a script as `python <script> <flags>` would; returns (exit code, output, errors)."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with mock.patch.object(sys, "argv", [script, *map(str, flags)]):
@@ -1123,10 +1132,10 @@ def assert_refused(script, *flags, words=()):
 
 
 def flags_for(method, out, *more):
-    """Flags of a run of 3 steps, the second of which ends the first of 2 epochs; SimCLR's in 2 micro-batches."""
+    """Flags of a run of 3 steps, of which 2 are the first of 2 epochs; SimCLR's in 2 micro-batches each."""
     micro_batch = ["--micro-batch", 8] if method == "simclr" else []
-    return ["--preset", "demo", "--data", tiny_data(), "--out", out, "--subset", 24, "--batch-size", 16, "--epochs",
-            2, "--image-size", 16, "--precision", "fp32", "--device", "cpu", *micro_batch, *more]
+    return ["--preset", "demo", "--data", tiny_data(), "--out", out, "--subset", 24, "--batch-size", 16,
+            "--epochs", 2, "--image-size", 16, "--precision", "fp32", "--device", "cpu", *micro_batch, *more]
 
 
 @functools.cache
@@ -1170,7 +1179,7 @@ def assert_identical(path, other):
     a, b = (dict(tensors_of(torch.load(p, weights_only=True))) for p in (path, other))
     differ = set(a) ^ set(b) | {k for k in set(a) & set(b) if not (
         torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])}
-    assert len(a) > 400 and not differ, f"{len(differ)} of {len(a)} entries differ, such as {sorted(differ)[:3]}"
+    assert len(a) > 400 and not differ, f"{len(differ)} of {len(a)} entries differ: {sorted(differ)[:3]}"
 
 
 def log_of(path):
@@ -1190,7 +1199,7 @@ def assert_log(path):
 
 
 def test_scripts_checkpoint():
-    """A checkpoint loads with weights_only; torchvision's ResNet-50 takes the backbone, load_model the same."""
+    """A checkpoint loads with weights_only; torchvision's ResNet-50 takes the backbone, load_model too."""
     images = torch.rand(4, 3, 32, 32, generator=rng())
     for method in METHODS:
         path = tiny_checkpoints() / f"{method}_seed1.pt"
@@ -1204,7 +1213,8 @@ def test_scripts_checkpoint():
         network.fc = nn.Identity()
         features = network.eval()(images).detach()
         model = common.load_model(path)
-        assert not model.training and model.settings["method"] == method and model.settings["image_size"] == 16
+        assert not model.training
+        assert model.settings["method"] == method and model.settings["image_size"] == 16
         if method == "supervised":
             want = features @ saved["head"]["weight"].T + saved["head"]["bias"]
             assert_close(model(images), want, 1e-4 * want.abs().max().item(), "logits")
@@ -1293,10 +1303,11 @@ def test_checkpoint_other_projects():
 
 
 def test_write_atomically():
-    """A save that fails, while pickling or at the disk, leaves the old file and no temporary one; folders that
-    cannot be opened or flushed (Windows, network drives) do no harm."""
+    """A save that fails, while pickling or at the disk, leaves the old file and no temporary one; folders
+    that cannot be opened or flushed (Windows, network drives) do no harm."""
     flush, open_file = os.fsync, os.open
-    full, strange = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EINVAL, "Invalid argument")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    strange = OSError(errno.EINVAL, "Invalid argument")
 
     def fsync(number):
         if stat.S_ISDIR(os.fstat(number).st_mode):
@@ -1317,11 +1328,13 @@ def test_write_atomically():
         common.save_atomically({"a": torch.ones(3)}, path)
         with raises(Exception, "pickle"):
             common.save_atomically({"a": lambda: 0}, path)
-        with mock.patch.object(os, "fsync", side_effect=full), raises(common.UserError, "No space left", "kept"):
-            common.save_atomically({"a": torch.zeros(3)}, path)
+        with mock.patch.object(os, "fsync", side_effect=full):
+            with raises(common.UserError, "No space left", "kept"):
+                common.save_atomically({"a": torch.zeros(3)}, path)
         with raises(common.UserError, "No space left", str(path)):
             common.write_atomically(path, lambda _: torch.save(torch.zeros(3), FullDisk()))
-        assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1] and os.listdir(folder) == ["x.pt"]
+        assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
+        assert os.listdir(folder) == ["x.pt"]
         for i, (name, stand_in) in enumerate((("fsync", fsync), ("open", no_folders))):
             with mock.patch.object(os, name, stand_in):
                 common.save_atomically(i, path)
@@ -1329,7 +1342,7 @@ def test_write_atomically():
 
 
 def test_scripts_killed():
-    """SIGKILL after the first checkpoint: the same command resumes, and ends in the uninterrupted run's bits."""
+    """SIGKILL after the first checkpoint: the same command resumes, and ends in the same bits as in one go."""
     tiny_checkpoints()
     with temporary_folder() as folder:
         path, flags = folder / "simclr_seed0.pt", flags_for("simclr", folder, "--seeds", 0)
@@ -1339,7 +1352,7 @@ def test_scripts_killed():
             time.sleep(0.005)
         process.kill()
         _, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"ended by itself with {process.returncode}: {err[-300:]}"
+        assert process.returncode == -signal.SIGKILL, f"ended by itself, {process.returncode}: {err[-300:]}"
         (folder / "simclr_seed0.pt.elsewhere-1.tmp").write_bytes(b"left over")
         code, out, err = run_script("train_simclr.py", *flags)
         assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
@@ -1362,8 +1375,8 @@ def interrupted(script, flags, at, number):
 
 
 def test_scripts_signals():
-    """SIGINT in an epoch and SIGTERM at its end save and exit within the step; resumed, the bits are the same.
-    The checkpoint is one of an older version: a setting is missing, the path of the data relative."""
+    """SIGINT in an epoch and SIGTERM at its end save and exit within the step; resumed, the bits are the
+    same. The checkpoint is one of an older version: a setting is missing, the path of the data relative."""
     with temporary_folder() as folder:
         path, flags = folder / "supervised_seed0.pt", flags_for("supervised", folder, "--seeds", 0)
         for at, number, words in ((0, signal.SIGINT, "step 1 of 3"), (1, signal.SIGTERM, "step 2 of 3")):
@@ -1383,7 +1396,7 @@ def test_scripts_signals():
 
 
 def test_scripts_again():
-    """A finished network is skipped; other settings, and a network in training, are refused; nothing changes."""
+    """A finished network is skipped; other settings and a network in training are refused; all stays."""
     for method in METHODS:
         path, script = tiny_checkpoints() / f"{method}_seed0.pt", f"train_{method}.py"
         flags = flags_for(method, path.parent, "--seeds", 0)
@@ -1404,15 +1417,16 @@ def test_scripts_bad_flags():
         file.write_text("kept")
         bad = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
                "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
-               "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"), "--stem": ("huge",),
-               "--precision": ("fp8",), "--preset": ("none",), "--device": ("nosuch", "meta"),
-               "--out": (file, file / "below")}
+               "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),
+               "--stem": ("huge",), "--precision": ("fp8",), "--preset": ("none",),
+               "--device": ("nosuch", "meta"), "--out": (file, file / "below")}
         for method in METHODS:
             for flag, values in (bad | {"--temperature": (0, "nan")} if method == "simclr" else bad).items():
                 for value in values:
                     assert_refused(f"train_{method}.py", *flags_for(method, out, flag, value), words=[flag])
             for path in (folder / "nothing", file):
-                assert_refused(f"train_{method}.py", *flags_for(method, out, "--data", path), words=[str(path)])
+                flags = flags_for(method, out, "--data", path)
+                assert_refused(f"train_{method}.py", *flags, words=[str(path)])
         for flags in (["--seeds", 1, 1], ["--compile", "--checkpoint-activations"]):
             assert_refused("train_simclr.py", *flags_for("simclr", out, *flags), words=flags[:1])
         assert file.read_text() == "kept" and not list(out.glob("*"))
@@ -1426,26 +1440,28 @@ def test_scripts_help():
 
 
 def test_scripts_stop():
-    """Losses that are not finite and a lack of memory stop a run with one line, and leave no checkpoint of it."""
+    """Losses that are not finite and a lack of memory stop a run with one line, and leave no checkpoint."""
     with temporary_folder() as folder:
         flags = flags_for("supervised", folder, "--seeds", 0, "--lr", 1e30, "--warmup-epochs", 0)
         assert_refused("train_supervised.py", *flags, words=["step 1", "finite"])
-        with mock.patch.object(common, "info_nce_and_accuracy", side_effect=RuntimeError("Could not create a primitive")):
+        error = RuntimeError("could not create a primitive")
+        with mock.patch.object(common, "info_nce_and_accuracy", side_effect=error):
             assert_refused("train_simclr.py", *flags_for("simclr", folder, "--seeds", 0),
                            words=["out of memory", "--micro-batch 8", "--checkpoint-activations"])
         assert not list(folder.glob("*.pt*"))
 
 
 def test_errors_out_of_memory():
-    """Whoever runs out of memory, wherever: one line, exit code 2. A fault of the program stays a traceback."""
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("std::bad_alloc"),
-                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-                  RuntimeError("could not create a primitive"), OSError(errno.ENOMEM, "Cannot allocate memory"),
-                  RuntimeError("not enough memory: you tried"), RuntimeError("can't start new thread")):
+    """Memory that runs out, wherever: one line, exit code 2. A fault of the program stays a traceback."""
+    texts = ("std::bad_alloc", "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried",
+             "could not create a primitive", "not enough memory: you tried", "can't start new thread")
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                  OSError(errno.ENOMEM, "Cannot allocate memory"), *map(RuntimeError, texts)):
         err = io.StringIO()
         with raises(SystemExit, "2"), contextlib.redirect_stderr(err), common.user_errors():
             raise error
-        assert err.getvalue().startswith("error: out of memory; ") and err.getvalue().count("\n") == 1, repr(error)
+        line = err.getvalue()
+        assert line.startswith("error: out of memory; ") and line.count("\n") == 1, repr(error)
         with raises(common.UserError, "out of memory with less"), common.out_of_memory_advice("less"):
             raise error
     for advice in (contextlib.nullcontext(), common.out_of_memory_advice("less")):
@@ -1454,13 +1470,13 @@ def test_errors_out_of_memory():
 
 
 def test_progress():
-    """At a terminal a line is rewritten, here at every step; and once the time that the run will take is said."""
+    """At a terminal a line is rewritten, here at every step; once the time that the run takes is said."""
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     out, err, clock = io.StringIO(), Terminal(), itertools.count(step=3.0)
-    settings = {"method": "simclr", "seed": 0, "train_images": 25, "batch_size": 10, "epochs": 2, "warmup_epochs": 1}
+    settings = {"seed": 0, "train_images": 25, "batch_size": 10, "epochs": 2, "warmup_epochs": 1}
     data, log = small_data("cpu"), types.SimpleNamespace(path=Path("simclr_seed0.jsonl"))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
             mock.patch.object(time, "perf_counter", lambda: next(clock)):
@@ -1469,8 +1485,8 @@ def test_progress():
         for step in run.steps():
             run.count(torch.tensor(2.5 + step), torch.tensor(0.5))
     lines = [line.strip() for line in err.getvalue().split("\r") if line.strip()]
-    assert [line[:24] for line in lines] == [f"epoch 1/2  step {step} of 3" for step in (1, 2, 3)], lines
-    assert "loss 2.5000" in lines[0] and "images/s" in lines[0] and "in the run" in lines[0]
+    assert [line[:21] for line in lines] == [f"epoch 1/2 step {step} of 3" for step in (1, 2, 3)], lines
+    assert all(words in lines[0] for words in ("loss 2.500", "images/s", "left 0:00:", "in all 0:00:")), lines
     assert out.getvalue().count("\n") == 1 and "simclr_seed0: about 0:00:" in out.getvalue(), out.getvalue()
 
 
@@ -1524,8 +1540,8 @@ def start_ranks(job, world):
 
 
 def _one_rank(number, job, world, port):
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     job()
 
 
@@ -1568,7 +1584,8 @@ for world in 2, 4:
     t.start_ranks(functools.partial(t.info_nce_on_ranks, folder / f"{{world}}.pt"), world)
 t.start_ranks(functools.partial(t.train_on_ranks, folder, {str(tiny_data())!r}), 2)
 """
-    done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, **CHILD, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-600:]
     return folder
 
