@@ -1,6 +1,6 @@
 """Shared parts of the study, in this order:
 
-1. Errors, device, command line
+1. Errors, files, device, command line
 2. Data: CIFAR-10, image folders, a synthetic set; all images uint8 on the device
 3. Augmentation on the device: every image with its own random parameters
 4. ResNet-50, its 32 representations, the projection head
@@ -8,7 +8,7 @@
 6. InfoNCE
 7. Distributed helpers
 8. Checkpoints
-9. Training loop
+9. Training: what the scripts have around their loops
 10. Linear CKA (a block to copy into other projects)
 11. Figures: command line, sources, findings, drawing
 
@@ -248,7 +248,7 @@ class Data(NamedTuple):
     classes: list
 
 
-def load_data(path, device):
+def load_data(path, device, download=False):
     """Data from a CIFAR-10 folder, from `train/<class>/*` and `test/<class>/*` images, or "synthetic".
 
     Raises UserError, one line, for anything missing, unreadable or of unequal size.
@@ -1059,12 +1059,15 @@ def add_training_flags(parser, contrastive):
         def add(flag, help, **options):
             if "(default" not in help and "action" not in options:
                 help += " (default: %(default)s)"
+            if "type" in options:
+                options["metavar"] = "N"
             titled.add_argument(flag, help=help, **options)
 
         return add
 
     add = group("what is trained")
     add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
+    add("--download", "fetch CIFAR-10 into --data, if that is empty or new", action="store_true")
     add("--seeds", "one network per seed, one after another (App. A: 3)", type=number(int, low=0), nargs="+")
     add("--epochs", "passes over the training images (App. A)", type=count)
     add("--lr", "learning rate per 256 images: the peak is lr * batch-size / 256", type=positive)
@@ -1216,8 +1219,8 @@ class Log:
             self.file.seek(0)
             for line in self.file:
                 with contextlib.suppress(ValueError, AttributeError):  # a damaged line belongs to no epoch
-                    if json.loads(line).get("epoch", 0) > epoch:
-                        break
+                    if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
+                        break  # also before a line cut short by a kill
                 kept += len(line)
             self.file.truncate(kept)
         self.write(record)

@@ -1354,6 +1354,8 @@ def test_scripts_killed():
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"ended by itself, {process.returncode}: {err[-300:]}"
         (folder / "simclr_seed0.pt.elsewhere-1.tmp").write_bytes(b"left over")
+        with open(folder / "simclr_seed0.jsonl", "ab") as log:
+            log.write(b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo')
         code, out, err = run_script("train_simclr.py", *flags)
         assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
         assert_identical(path, tiny_checkpoints() / path.name)
@@ -1934,26 +1936,33 @@ def bench_augmentation():
 
 def bench_training():
     """Time of a whole training step over the bare forward and backward of its network, and of LARS over SGD."""
-    device = common.pick_device()
-    print("training step over the bare forward and backward, 32 px, 7x7 stem: method  batch  bare s  step s  ratio")
-    for method, script in (("supervised", train_supervised), ("simclr", train_simclr)):
-        argv = ["--preset", "demo", "--batch-size", "128", "--micro-batch", "128"]
-        args = common.training_arguments("", script.PRESETS, argv)
-        data = common.load_data("synthetic", device)
-        run = common.Run(args, common.run_settings(args, method, 0, data, device), data, device)
-        run.build(None)
-        gradients = script.supervised_gradients if method == "supervised" else script.contrastive_gradients
-        inputs = torch.rand(128 if method == "supervised" else 256, 3, 32, 32, device=device)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    device, count, moments, runs = common.pick_device(), common.Run.count, [], []
+
+    def timed(run, loss, accuracy):
+        count(run, loss, accuracy)
+        loss.item()  # waits for the device
+        moments.append(time.perf_counter())
+        runs.append(run)
+
+    print("step over bare forward and backward, 32 px, 7x7 stem: method  batch  bare s  step s  ratio")
+    for script, views in ((train_supervised, 1), (train_simclr, 2)):
+        moments.clear()
+        with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+            argv = [script.__name__, "--preset", "demo", "--seeds", "0", "--batch-size", "128", "--micro-batch", "128",
+                    "--subset", "1280", "--epochs", "1", "--out", str(folder)]
+            with mock.patch.object(common.Run, "count", timed), mock.patch.object(sys, "argv", argv):
+                script.main()
+        run, bf16 = runs[-1], runs[-1].settings["precision"] == "bf16"
+        inputs = torch.rand(128 * views, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
 
         def bare():
-            with run.autocast():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 out = run.model(inputs)
             out.float().square().mean().backward()
             run.model.zero_grad()
 
-        bare_s, step_s = least_times(device, 10, bare, lambda: run.take_step(gradients))
-        print(f"{'':66} {method:10} {128:6} {bare_s:7.2f} {step_s:7.2f} {step_s / bare_s:6.2f}")
+        [bare_s], step_s = least_times(device, 10, bare), min(np.diff(moments))
+        print(f"{'':53} {run.settings['method']:10} {128:6} {bare_s:7.2f} {step_s:7.2f} {step_s / bare_s:6.2f}")
     for p in run.model.parameters():
         p.grad = torch.randn_like(p)
     trained = [p for p in run.model.parameters() if p.requires_grad]

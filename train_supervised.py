@@ -38,7 +38,7 @@ def main():
     torch.backends.cudnn.deterministic = True  # a resumed run must end in the same weights
     with distributed(args.device) as device:
         args.out = rank0_first(lambda: writable_folder(args.out))
-        data = rank0_first(lambda: load_data(args.data, device))
+        data = rank0_first(lambda: load_data(args.data, device, args.download))
         for seed in args.seeds:
             with open_run(args, "supervised", seed, data, device) as run:
                 train(run, data)
