@@ -919,7 +919,7 @@ def test_data_errors():
 # The training loops, with a small network in the place of the ResNet-50
 # ============================================================================================================
 
-SMALL = {"batch": 10, "images": 25, "epochs": 2, "size": 16, "rate": 6.0}  # 5 steps, 3 in the first epoch
+TOTAL, SUBSET, BATCH, SIZE, SEED_OF_RUN = 30, 25, 10, 16, 3  # of 2 epochs: 5 steps, 3 in the first
 
 
 def small_network(norm):
@@ -938,7 +938,7 @@ def group_norm(channels):
 def small_data(device):
     """Random images of 6 classes; fewer test images than a batch has."""
     g = rng()
-    labels = [torch.randint(6, (n,), generator=g).to(device) for n in (SMALL["images"], 7)]
+    labels = [torch.randint(6, (n,), generator=g).to(device) for n in (TOTAL, 7)]
     images = [some_images(g, len(part), 20, 20).to(device) for part in labels]
     return common.Data(images[0], labels[0], images[1], labels[1], list("abcdef"))
 
@@ -969,10 +969,9 @@ def recorded_run(script, device, folder, *flags, norm=group_norm):
         network[7].weight.register_post_accumulate_grad_hook(lambda _: passes.append(bool(silent)))
         return network
 
-    argv = [script.__name__, "--preset", "demo", "--data", "unread", "--out", folder, "--seeds", 3,
-            "--subset", SMALL["images"], "--batch-size", SMALL["batch"], "--epochs", SMALL["epochs"],
-            "--image-size", SMALL["size"], "--lr", SMALL["rate"], "--precision", "fp32", "--device", device,
-            *flags]
+    argv = [script.__name__, "--preset", "demo", "--data", "unread", "--out", folder, "--seeds", SEED_OF_RUN,
+            "--subset", SUBSET, "--batch-size", BATCH, "--epochs", 2, "--image-size", SIZE, "--lr", 6,
+            "--precision", "fp32", "--device", device, *flags]
     with contextlib.ExitStack() as stack:
         for target, name, value in (
                 (script, "LARS", Recorder), (script, "build_model", lambda *_, **__: model),
@@ -983,30 +982,30 @@ def recorded_run(script, device, folder, *flags, norm=group_norm):
         stack.enter_context(torch.backends.cudnn.flags(deterministic=True, allow_tf32=False))
         script.main()
     method = script.__name__.removeprefix("train_")
-    records = [r for r in log_of(Path(folder) / f"{method}_seed3.pt") if "epoch" in r]
+    records = [r for r in log_of(Path(folder) / f"{method}_seed{SEED_OF_RUN}.pt") if "epoch" in r]
     return steps, records, model.cpu(), passes
 
 
 def literal_step(method, weights, step, device):
     """(loss, accuracy, gradients) of a step by the letter: images, augmentation, then all in float64."""
-    data, network = small_data(device), small_network(group_norm).double()
-    n, batch, size = SMALL["images"], SMALL["batch"], SMALL["size"]
+    data, network, seed = small_data(device), small_network(group_norm).double(), SEED_OF_RUN
     for p, w in zip(network.parameters(), weights):
         p.data.copy_(w)
-    generators = [common.generator_for("cpu", "order", 3, epoch) for epoch in range(2)]
-    stream = torch.cat([torch.randperm(n, generator=g) for g in generators])
-    rows = stream[step * batch:(step + 1) * batch].to(device)
+    subset = torch.randperm(TOTAL, generator=torch.Generator().manual_seed(0))[:SUBSET].sort().values
+    generators = [common.generator_for("cpu", "order", seed, epoch) for epoch in range(2)]
+    stream = torch.cat([subset[torch.randperm(SUBSET, generator=g)] for g in generators])
+    rows = stream[step * BATCH:(step + 1) * BATCH].to(device)
     images, labels = data.train_images[rows], data.train_labels[rows].cpu()
-    keys = [common.generator_for(device, "augmentation", 3, step, view) for view in (0, 1)]
+    keys = [common.generator_for(device, "augmentation", seed, step, view) for view in (0, 1)]
     if method == "simclr":
-        params = [common.simclr_params(batch, 20, 20, device, key, 0.5) for key in keys]
-        views = [common.simclr_augment(images, size, 0.5, False, params=p).cpu().double() for p in params]
+        params = [common.simclr_params(BATCH, 20, 20, device, key, 0.5) for key in keys]
+        views = [common.simclr_augment(images, SIZE, 0.5, False, params=p).cpu().double() for p in params]
         loss, accuracy = literal_info_nce(*(network(view) for view in views), 0.5)
     else:
         mean, std = common.channel_statistics(data.train_images)
-        params = common.imagenet_params(batch, 20, 20, device, keys[0])
-        logits = network(common.imagenet_augment(images, size, mean, std, params=params).cpu().double())
-        loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / batch
+        params = common.imagenet_params(BATCH, 20, 20, device, keys[0])
+        logits = network(common.imagenet_augment(images, SIZE, mean, std, params=params).cpu().double())
+        loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / BATCH
         accuracy = (logits.argmax(1) == labels).double().mean().item()
     return loss.item(), accuracy, torch.autograd.grad(loss, list(network.parameters()))
 
@@ -1023,37 +1022,21 @@ def test_loops_literal():
             assert len(steps) == 5, what
             literal = [literal_step(method, weights, i, device) for i, (weights, *_) in enumerate(steps)]
             for step, ((_, gradients, rate), (*_, want)) in enumerate(zip(steps, literal)):
-                factor = common.warmup_cosine(step, 5, int(0.5 * 25 // 10))
-                assert_close(rate, 6.0 * 10 / 256 * factor, 1e-9, what + f"rate of step {step}")
+                factor = common.warmup_cosine(step, 5, int(0.5 * SUBSET // BATCH))
+                assert_close(rate, 6 * BATCH / 256 * factor, 1e-9, what + f"rate of step {step}")
                 assert_same_direction_and_size(gradients, want, 1e-4, what + f"gradient of step {step}")
             for record, epoch in zip(records, (literal[:3], literal[3:])):
                 assert_close(record["loss"], np.mean([loss for loss, *_ in epoch]), 5e-6, what + "loss")
                 assert_close(record["accuracy"], np.mean([a for _, a, _ in epoch]), 1e-6, what + "accuracy")
-            pieces = -(-10 // micro_batch)
+            pieces = -(-BATCH // micro_batch)
             assert passes == ([True] * (pieces - 1) + [False]) * 5, what + "one exchange of gradients a step"
         if method == "supervised":
             data = small_data("cpu")
-            inputs = common.imagenet_test(data.test_images, 16, *common.channel_statistics(data.train_images))
+            statistics = common.channel_statistics(data.train_images)
+            inputs = common.imagenet_test(data.test_images, SIZE, *statistics)
             right = (model(inputs).argmax(1) == data.test_labels).double().mean()
             assert_close(records[-1]["test_accuracy"], right, 1e-6, what + "test accuracy")
-
-
-def test_order():
-    """The stream is one permutation of the subset per epoch, whatever the batch, from seed and epoch only."""
-    def stream(start, stop, seed=0, n=23, batch=9):
-        steps = range(start // batch, -(-stop // batch))
-        images = [common.images_of_step(step, batch, seed, n, 60, torch.device("cpu")) for step in steps]
-        return torch.cat(images)[start - start // batch * batch:][:stop - start]
-
-    epochs = [stream(23 * epoch, 23 * (epoch + 1)) for epoch in range(5)]
-    assert len({tuple(sorted(epoch.tolist())) for epoch in epochs}) == 1, "an epoch is no permutation"
-    assert len(set(epochs[0].tolist())) == 23 and len({tuple(epoch.tolist()) for epoch in epochs}) == 5
-    assert torch.equal(stream(20, 71, batch=40), torch.cat(epochs)[20:71]), "the stream depends on the batch"
-    other = stream(0, 23, seed=1)
-    assert not torch.equal(other, epochs[0]) and torch.equal(other.sort().values, epochs[0].sort().values)
     assert common.steps_until(1300, 50000, 4096) == 15870 and common.steps_until(300, 50000, 8192) == 1832
-    for epoch in range(1, 8):
-        assert common.steps_until(epoch, 23, 9) == next(s for s in range(99) if 9 * s >= 23 * epoch)
 
 
 def watched_batch_norm(*args, **kwargs):
@@ -1305,19 +1288,13 @@ def test_checkpoint_other_projects():
 def test_write_atomically():
     """A save that fails, while pickling or at the disk, leaves the old file and no temporary one; folders
     that cannot be opened or flushed (Windows, network drives) do no harm."""
-    flush, open_file = os.fsync, os.open
-    full = OSError(errno.ENOSPC, "No space left on device")
-    strange = OSError(errno.EINVAL, "Invalid argument")
+    full, strange = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EINVAL, "Invalid argument")
+    stand_ins = {"fsync": lambda number, real=os.fsync: refuse_folder(os.fstat(number)) or real(number),
+                 "open": lambda path, *more, real=os.open: refuse_folder(os.stat(path)) or real(path, *more)}
 
-    def fsync(number):
-        if stat.S_ISDIR(os.fstat(number).st_mode):
+    def refuse_folder(status):
+        if stat.S_ISDIR(status.st_mode):
             raise strange
-        flush(number)
-
-    def no_folders(path, *args, **options):
-        if Path(path).is_dir():
-            raise strange
-        return open_file(path, *args, **options)
 
     class FullDisk(io.RawIOBase):
         def write(self, _):
@@ -1334,15 +1311,14 @@ def test_write_atomically():
         with raises(common.UserError, "No space left", str(path)):
             common.write_atomically(path, lambda _: torch.save(torch.zeros(3), FullDisk()))
         assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
-        assert os.listdir(folder) == ["x.pt"]
-        for i, (name, stand_in) in enumerate((("fsync", fsync), ("open", no_folders))):
+        for name, stand_in in stand_ins.items():
             with mock.patch.object(os, name, stand_in):
-                common.save_atomically(i, path)
-            assert torch.load(path) == i and os.listdir(folder) == ["x.pt"]
+                common.save_atomically(name, path)
+            assert torch.load(path) == name and os.listdir(folder) == ["x.pt"]
 
 
 def test_scripts_killed():
-    """SIGKILL after the first checkpoint: the same command resumes, and ends in the same bits as in one go."""
+    """SIGKILL after the first checkpoint: the same command resumes and ends in the same bits."""
     tiny_checkpoints()
     with temporary_folder() as folder:
         path, flags = folder / "simclr_seed0.pt", flags_for("simclr", folder, "--seeds", 0)
@@ -1413,7 +1389,10 @@ def test_scripts_again():
 
 
 def test_scripts_bad_flags():
-    """Impossible flags: one line, exit code 2, no traceback, nothing written."""
+    """Impossible flags: one line, exit code 2, nothing written. --help shows the preset's values."""
+    for preset, epochs in (("paper", 1300), ("small", 12)):
+        code, out, _ = run_script("train_simclr.py", "--help", f"--preset={preset}")
+        assert code == 0 and f"(default: {epochs})" in " ".join(out.split()) and "size and memory" in out
     with temporary_folder() as folder, offline():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
@@ -1432,13 +1411,6 @@ def test_scripts_bad_flags():
         for flags in (["--seeds", 1, 1], ["--compile", "--checkpoint-activations"]):
             assert_refused("train_simclr.py", *flags_for("simclr", out, *flags), words=flags[:1])
         assert file.read_text() == "kept" and not list(out.glob("*"))
-
-
-def test_scripts_help():
-    """--help shows the chosen preset's values."""
-    for preset, epochs in (("paper", 1300), ("small", 12)):
-        code, out, _ = run_script("train_simclr.py", "--help", f"--preset={preset}")
-        assert code == 0 and f"(default: {epochs})" in " ".join(out.split()) and "size and memory" in out
 
 
 def test_scripts_stop():
@@ -1593,7 +1565,7 @@ t.start_ranks(functools.partial(t.train_on_ranks, folder, {str(tiny_data())!r}),
 
 
 def test_ranks_info_nce():
-    """Averaged over 2 and 4 processes, loss, accuracy and gradient are one process's: nothing is scaled or lost."""
+    """Averaged over 2 and 4 processes, loss, accuracy and gradient are one process's: nothing is lost."""
     (x, y), weight = shared_embedding()
     loss, accuracy = literal_info_nce(x.double() @ weight.double(), y.double() @ weight.double(), 0.5)
     loss.backward()
@@ -1605,7 +1577,8 @@ def test_ranks_info_nce():
 
 def test_ranks_script():
     """Two processes end where one ends whose micro-batches are their shares, up to rounding."""
-    ranks, one = (torch.load(f / "simclr_seed0.pt", weights_only=True) for f in (ranks_folder(), tiny_checkpoints()))
+    folders = ranks_folder(), tiny_checkpoints()
+    ranks, one = (torch.load(folder / "simclr_seed0.pt", weights_only=True) for folder in folders)
     buffers = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (ranks, one)]
     assert_same_direction_and_size(*buffers, 1e-2, "momentum")
     weights = [[v for k, v in c["backbone"].items() if k.endswith(("weight", "bias"))] for c in (ranks, one)]
