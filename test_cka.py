@@ -1062,7 +1062,9 @@ def test_micro_batch_statistics():
         assert_close(model[1].running_mean, mean, 1e-5, "running mean")
         assert_close(model[1].running_var, var, 1e-5, "running variance")
         assert model[1].num_batches_tracked == model[4].num_batches_tracked == 3
-        recorded_run(train_simclr, "cpu", folder, "--micro-batch", 4, norm=nn.BatchNorm2d)
+        for script in (train_simclr, train_supervised):
+            *_, model, _ = recorded_run(script, "cpu", folder, "--micro-batch", 4, norm=nn.BatchNorm2d)
+            assert model[1].num_batches_tracked == 5 * 3, f"{script.__name__}: not each chunk, or more, is counted"
 
 
 def test_checkpoint_activations():
@@ -1288,7 +1290,7 @@ def test_checkpoint_other_projects():
 def test_write_atomically():
     """A save that fails, while pickling or at the disk, leaves the old file and no temporary one; folders
     that cannot be opened or flushed (Windows, network drives) do no harm."""
-    full, strange = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EINVAL, "Invalid argument")
+    full, strange = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EINVAL, "Invalid")
     stand_ins = {"fsync": lambda number, real=os.fsync: refuse_folder(os.fstat(number)) or real(number),
                  "open": lambda path, *more, real=os.open: refuse_folder(os.stat(path)) or real(path, *more)}
 
