@@ -1101,20 +1101,18 @@ def run_settings(args, method, seed, data, device):
     total, processes = len(data.train_images), world_size()
     n = args.subset or total
     local, micro_batch = args.batch_size // processes, min(args.micro_batch, args.batch_size)
-    if n > total:
-        raise UserError(f"--subset {n}: the training set has {total} images")
-    if args.batch_size > n:
-        raise UserError(f"--batch-size {args.batch_size}: the run has {n} training images; give at most that")
-    if args.batch_size % processes:
-        raise UserError(f"--batch-size {args.batch_size}: must be divisible by the {processes} processes")
-    if local < 2:
-        raise UserError(f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process")
-    if method == "supervised" and 1 in (local % micro_batch, min(local, micro_batch)):
-        raise UserError(f"--micro-batch {micro_batch}: leaves a piece of 1 image, too few for batch norm")
-    if args.compile and processes > 1:
-        raise UserError(f"--compile: does not work with several processes ({processes} here); leave it out")
-    if args.precision == "bf16" and device.type == "cuda" and not has_bf16(device):
-        raise UserError(f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")
+    no_bf16 = args.precision == "bf16" and device.type == "cuda" and not has_bf16(device)
+    one_image = method == "supervised" and 1 in (local % micro_batch, min(local, micro_batch))
+    for wrong, what in (
+            (n > total, f"--subset {n}: the training set has {total} images"),
+            (args.batch_size > n, f"--batch-size {args.batch_size}: more than the run's {n} training images"),
+            (args.batch_size % processes, f"--batch-size {args.batch_size}: {processes} ranks cannot share it"),
+            (local < 2, f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process"),
+            (one_image, f"--micro-batch {micro_batch}: leaves a piece of 1 image, too few for batch norm"),
+            (args.compile and processes > 1, f"--compile: does not work with {processes} processes"),
+            (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
+        if wrong:
+            raise UserError(what)
     settings = {name: getattr(args, name, None) for name in SETTINGS}
     if args.data != "synthetic":
         settings["data"] = str(Path(args.data).expanduser().absolute())
@@ -1132,17 +1130,9 @@ def steps_until(epoch, n, batch_size):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n, total, device):
-    """Indices (n,) int64 on `device` of an epoch's images: a permutation, from seed and epoch only."""
+    """Indices (n,) int64 on `device` of an epoch's images, `n` of `total`; from seed and epoch only."""
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort().values  # --subset
     return chosen[torch.randperm(n, generator=generator_for("cpu", "order", seed, epoch))].to(device)
-
-
-def images_of_step(step, batch_size, seed, n, total, device):
-    """Indices (batch_size,) of a step's images in the endless stream of the epochs' permutations."""
-    start, stop = step * batch_size, (step + 1) * batch_size
-    first = start // n
-    epochs = [epoch_order(seed, epoch, n, total, device) for epoch in range(first, (stop - 1) // n + 1)]
-    return torch.cat(epochs)[start - first * n:stop - first * n]
 
 
 @contextlib.contextmanager
@@ -1231,6 +1221,11 @@ class Log:
             self.file.write((json.dumps(record) + "\n").encode())
             self.file.flush()
 
+    def close(self):
+        """Closes the file and so unlocks it."""
+        if self.file:
+            self.file.close()
+
 
 def run_record(device):
     """What a log says of a run's surroundings: time, git commit, versions, device."""
@@ -1239,12 +1234,8 @@ def run_record(device):
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": git.stdout.strip() or None if git else None, "torch": torch.__version__,
             "torchvision": torchvision.__version__, "python": platform.python_version(),
-            "device": device_name(device), "world_size": world_size(), "threads": torch.get_num_threads()}
-
-
-def device_name(device):
-    """What a person calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "world_size": world_size(), "threads": torch.get_num_threads()}
 
 
 def duration(seconds):
@@ -1256,7 +1247,7 @@ class Progress:
     """Rank 0's word on how fast a run is: once for all of it, and at a terminal one line, rewritten."""
 
     def __init__(self, run):
-        self.run, self.told, self.shown, self.since = run, False, 0.0, (time.perf_counter(), run.step)
+        self.run, self.since, self.told, self.shown = run, None, False, 0.0
         self.terminal = sys.stderr.isatty() and rank() == 0
         self.timer = threading.Timer(30, self._tell, ["more than", 30])  # if the first step takes long
         self.timer.daemon = True
@@ -1267,7 +1258,7 @@ class Progress:
         """Says what is due. It waits for the device twice in a run, and at a terminal once a second."""
         run, now = self.run, time.perf_counter()
         self.timer.cancel()
-        if run.step == run.first_step + 1:  # loading libraries and compiling is no measure of the rest
+        if self.since is None:  # the first step loads libraries and compiles: no measure of the rest
             run.loss.item()
             self.since = time.perf_counter(), run.step
         elif not self.told and now - self.since[0] > 5:
@@ -1303,16 +1294,16 @@ class Run:
     settings alone: killed at any moment and started again on the same device, training ends in the same bits.
     """
 
-    def __init__(self, args, settings, data, device, log, signals):
-        self.args, self.settings, self.device, self.log, self.signals = args, settings, device, log, signals
+    def __init__(self, args, settings, data, device, log):
+        self.args, self.settings, self.device, self.log, self.signals = args, settings, device, log, []
         self.path, self.name = log.path.with_suffix(".pt"), log.path.stem
         self.n, self.batch_size, self.epochs = (settings[k] for k in ("train_images", "batch_size", "epochs"))
-        self.total_images = len(data.train_images)
+        self.order_of = self.n, len(data.train_images), device
         self.total_steps = self.end_of(self.epochs)
         self.warmup_steps = int(settings["warmup_epochs"] * self.n // self.batch_size)
         local = self.batch_size // world_size()
         self.rows = slice(rank() * local, (rank() + 1) * local)  # this rank's part of each batch
-        self.epoch = self.step = self.first_step = 0
+        self.epoch = self.step = 0
         self.spent = 0.0  # seconds in the current epoch
         self.sums = torch.zeros(3, device=device)  # losses, accuracies, steps of the current epoch
         self.bad_step = torch.full((), -1, device=device)  # first step whose loss was not finite
@@ -1330,8 +1321,7 @@ class Run:
             self.epoch = checkpoint["epoch"]
             print0(f"{self.path}: finished, {self.epochs} epochs; skipped")
             return model
-        print0(f"{self.path}: {self.settings['precision']} on {device_name(self.device)}, {world_size()} "
-               f"process{'es' * (world_size() > 1)}, {self.total_steps} steps of {self.batch_size} images")
+        record, resumed = run_record(self.device), ""
         if checkpoint:
             load_weights(model, checkpoint, self.path)
             try:
@@ -1341,12 +1331,12 @@ class Run:
                 raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to "
                                 "begin again") from None
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-            self.first_step = self.step
-            print0(f"{self.path}: resumed after epoch {self.epoch} of {self.epochs}, step {self.step} of "
-                   f"{self.total_steps}")
-            self.log.start(self.epoch, {"resumed_after_epoch": self.epoch} | run_record(self.device))
-        else:
-            self.log.start(-1, run_record(self.device) | {"settings": self.settings})
+            resumed = f", resumed after epoch {self.epoch} and step {self.step}"
+        self.log.start(self.epoch if checkpoint else -1, record | (
+            {"resumed_after_epoch": self.epoch} if checkpoint else {"settings": self.settings}))
+        print0(f"{self.path}: {self.settings['precision']} on {record['device']}, {world_size()} process"
+               f"{'es' * (world_size() > 1)}, {self.epochs} epochs, {self.total_steps} steps of "
+               f"{self.batch_size} images{resumed}")
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
@@ -1354,9 +1344,11 @@ class Run:
         return for_all_ranks(model, self.device)
 
     def images_of(self, step):
-        """Indices (int64, on the device) of this rank's training images in a step."""
-        seed = self.settings["seed"]
-        return images_of_step(step, self.batch_size, seed, self.n, self.total_images, self.device)[self.rows]
+        """Indices (int64, on the device) of this rank's images in a step, from the epochs' joined orders."""
+        first, last = step * self.batch_size, (step + 1) * self.batch_size - 1
+        epochs = range(first // self.n, last // self.n + 1)
+        stream = torch.cat([epoch_order(self.settings["seed"], epoch, *self.order_of) for epoch in epochs])
+        return stream[first % self.n:][:self.batch_size][self.rows]
 
     def steps(self):
         """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
@@ -1411,10 +1403,15 @@ class Run:
                              "sums": self.sums, "spent": self.spent, "backbone": backbone, "head": head,
                              "optimizer": self.optimizer.state_dict()}, self.path)
         if self.stopped:
-            self.progress.rewrite("")
-            print0(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and "
-                   "saved; the same command resumes")
-            sys.exit(128 + (self.signals[0] if self.signals else signal.SIGTERM))
+            exit_after_signal(self)
+
+
+def exit_after_signal(run):
+    """Ends the process as its signal would have, once the run is saved."""
+    run.progress.rewrite("")
+    print0(f"{run.path}: stopped by a signal after step {run.step} of {run.total_steps} and saved; the same "
+           "command resumes")
+    sys.exit(128 + (run.signals[0] if run.signals else signal.SIGTERM))
 
 
 def checkpoint_of_run(path, settings):
@@ -1476,7 +1473,7 @@ def average_statistics(model):
 def open_run(args, method, seed, data, device):
     """A `Run`. While it is open no other process trains its network; signals and lack of memory end it."""
     settings = rank0_first(lambda: run_settings(args, method, seed, data, device))
-    run, name = None, f"{method}_seed{seed}"
+    name = f"{method}_seed{seed}"
     log = rank0_first(lambda: Log(Path(args.out) / f"{name}.jsonl"))
     for leftover in Path(args.out).glob(f"{name}.*.tmp") if log.locked else ():  # of a killed process
         leftover.unlink(missing_ok=True)
@@ -1484,16 +1481,15 @@ def open_run(args, method, seed, data, device):
     advice = (f"--batch-size {args.batch_size} --micro-batch {settings['micro_batch']} --image-size "
               f"{args.image_size} --precision {settings['precision']}: lower --micro-batch, or give "
               f"--checkpoint-activations{bf16}, or use more processes")
+    run = Run(args, settings, data, device, log)
     try:
-        with caught_signals() as signals, out_of_memory_advice(advice):
-            run = Run(args, settings, data, device, log, signals)
+        with caught_signals() as run.signals, out_of_memory_advice(advice):
             yield run
     finally:
-        if run and run.progress:
+        if run.progress:
             run.progress.timer.cancel()
             run.progress.rewrite("")
-        if log.file:
-            log.file.close()
+        log.close()
 
 
 # ======================================================================================================================

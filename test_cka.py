@@ -1145,7 +1145,7 @@ def tiny_checkpoints():
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
         assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
-        assert err == "" and f"fp32 on cpu, 1 process, 3 steps of 16 images" in out, f"{out} {err}"
+        assert err == "" and "fp32 on cpu, 1 process, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
 
@@ -1457,7 +1457,7 @@ def test_progress():
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
             mock.patch.object(time, "perf_counter", lambda: next(clock)):
         args = types.SimpleNamespace(compile=True)
-        run = common.Run(args, settings, data, torch.device("cpu"), log, [])
+        run = common.Run(args, settings, data, torch.device("cpu"), log)
         for step in run.steps():
             run.count(torch.tensor(2.5 + step), torch.tensor(0.5))
     lines = [line.strip() for line in err.getvalue().split("\r") if line.strip()]
@@ -1481,7 +1481,7 @@ def test_devices_refused():
             common.run_settings(args, "simclr", 0, small_data("cpu"), torch.device(device))
 
     refused(["--precision bf16", "8.0", "fp32"], "cuda", precision="bf16")
-    refused(["--compile", "2"], processes=2, compile=True)
+    refused(["--compile", "2 processes"], processes=2, compile=True)
     refused(["--batch-size 10", "3"], processes=3)
     refused(["--batch-size 10", "2 images"], processes=10)
     with mock.patch.dict(os.environ, LOCAL_RANK="3"), common.distributed("cpu") as device:
