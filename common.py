@@ -1106,7 +1106,7 @@ def run_settings(args, method, seed, data, device):
     for wrong, what in (
             (n > total, f"--subset {n}: the training set has {total} images"),
             (args.batch_size > n, f"--batch-size {args.batch_size}: more than the run's {n} training images"),
-            (args.batch_size % processes, f"--batch-size {args.batch_size}: no multiple of {processes} ranks"),
+            (args.batch_size % processes, f"--batch-size {args.batch_size}: no multiple of {processes}"),
             (local < 2, f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process"),
             (one_image, f"--micro-batch {micro_batch}: leaves a piece of 1 image, too few for batch norm"),
             (args.compile and processes > 1, f"--compile: does not work with {processes} processes"),
