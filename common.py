@@ -24,7 +24,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -965,9 +964,7 @@ def find_backbone(content, path, prefix=None):
     whole, with what the nearest lacks, and if several are that differ, of which neither `_preferred` nor
     `prefix` (its end is enough) picks one. Left out are the other tensors of the same dict.
     """
-    with torch.device("meta"):
-        wanted = {n: t.shape for n, t in torchvision.models.resnet50().state_dict().items() if "fc." not in n}
-    whole, faults, found = {}, [], []
+    wanted, whole, faults, found = _backbone_shapes(), {}, [], []
     for where, tensors in _state_dicts(content):
         found += [where + name for name in tensors]
         for start, names in _resnets(tensors):
@@ -989,6 +986,14 @@ def find_backbone(content, path, prefix=None):
         what = f"no ResNet-50 at --prefix {prefix}" if not chosen else "several ResNet-50s"
         raise UserError(f"{path}: {what}; choose one by --prefix: {first_names([repr(p) for p in whole])}")
     return whole[chosen[0]]
+
+
+@functools.cache
+def _backbone_shapes():
+    """{torchvision's name: shape} of a ResNet-50 without its classifier."""
+    with torch.device("meta"):
+        tensors = torchvision.models.resnet50().state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("fc.")}
 
 
 def _state_dicts(content):
@@ -1030,9 +1035,9 @@ def _faults(network, wanted):
         return ["no running statistics of the batch norms; save model.state_dict(), which has them"]
     faults += [f"no {name}" for name in missing]
     for name, tensor in network.items():
-        shape, stem = tuple(tensor.shape), name == "conv1.weight" and tensor.shape == (64, 3, 3, 3)
-        if name in wanted and not stem and shape != tuple(wanted[name]):
-            faults.append(f"{name} {shape} instead of {tuple(wanted[name])}")
+        shape, small = tuple(tensor.shape), name == "conv1.weight" and tensor.shape == (64, 3, 3, 3)
+        if name in wanted and shape != wanted[name] and not small:
+            faults.append(f"{name} {shape} instead of {wanted[name]}")
         elif name not in wanted and (tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name)):
             faults.append(f"{name} besides")  # a head's tensors have other names and at most two dimensions
     return faults
