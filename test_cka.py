@@ -570,7 +570,7 @@ def test_representations_head_and_stems():
 
 
 def test_representations_lets_go():
-    """Of the images after the first layer, of odd copies, of hooks even after an exception; grad mode stays."""
+    """Of the images after the first layer, of odd copies, of hooks even after an error; grad mode stays."""
     model, images = torchvision.models.resnet50().eval(), torch.rand(1, 3, 32, 32)
     kept, stream = weakref.ref(images), common.stream_representations(model, images)
     del images
@@ -600,7 +600,8 @@ def test_representations_refuses():
         patched._forward_impl = lambda x: x
         hooked.register_forward_pre_hook(lambda module, inputs: None)
         padded = Padded(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3])
-        for network in (padded, resnet(Unrectified, [3, 4, 6, 3]), patched, hooked, nn.DataParallel(resnet50()),
+        bent = resnet(Unrectified, [3, 4, 6, 3])
+        for network in (padded, bent, patched, hooked, nn.DataParallel(resnet50()),
                         torchvision.models.resnet101(), torchvision.models.resnet34()):
             with raises(TypeError, "ResNet-50"):
                 common.representations(network, torch.rand(1, 3, 32, 32))
@@ -1009,7 +1010,7 @@ def test_data_refused():
         data_of_files(folder / "good", ["train/ant/0.png", "test/ant/0.png"])
         full = torch.OutOfMemoryError("CUDA out of memory")
         with mock.patch.object(torchvision.transforms.functional, "pil_to_tensor", side_effect=full):
-            with raises(common.UserError, "out of memory", "good"):
+            with raises(common.UserError, "out of memory", "fewer or smaller"):
                 common.load_data(folder / "good", torch.device("cpu"))
 
 
