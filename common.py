@@ -924,11 +924,12 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
                             stem_padding=settings.get("stem_padding", 1))
     model.fc = model.fc if ours else nn.Identity()
     load_weights(model, content, path, assign=True)
+    model.to(torch.float32, memory_format=torch.channels_last).eval()
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{path}: NaN or infinity in {first_names(broken)}; take a file from before that")
     model.settings = settings
-    return model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+    return model.to(device)
 
 
 def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=None):
@@ -1036,8 +1037,11 @@ def _faults(network, wanted):
     faults += [f"no {name}" for name in missing]
     for name, tensor in network.items():
         shape, small = tuple(tensor.shape), name == "conv1.weight" and tensor.shape == (64, 3, 3, 3)
+        numbers = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
         if name in wanted and shape != wanted[name] and not small:
             faults.append(f"{name} {shape} instead of {wanted[name]}")
+        elif name in wanted and "num_batches" not in name and not numbers:
+            faults.append(f"{name} as {tensor.type()} instead of plain floating-point numbers")
         elif name not in wanted and (tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name)):
             faults.append(f"{name} besides")  # a head's tensors have other names and at most two dimensions
     return faults

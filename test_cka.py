@@ -979,6 +979,14 @@ def data_of_files(folder, files):
             write_png(pixels, str(folder / file))
 
 
+@contextlib.contextmanager
+def offline():
+    """torchvision's downloads fail at once, as without a network; the mock that takes their place."""
+    failing = mock.Mock(side_effect=urllib.error.URLError("no network in tests"))
+    with mock.patch.object(torchvision.datasets.cifar, "download_and_extract_archive", failing):
+        yield failing
+
+
 def test_data_refused():
     """Other layouts are refused, naming what was found; CIFAR-10 is fetched only where nothing else lies."""
     table = {"missing": ([], "no such folder"), "top": (["ant/0.png", "bee/0.png"], "folders ant, bee"),
@@ -992,9 +1000,8 @@ def test_data_refused():
              "damaged": (["train/ant/0.png", "test/ant/x.png"], "x.png: not usable"),
              "size": (["train/ant/0.png", "test/ant/wide.png"], "wide.png: is 9 x 8"),
              "archive": (["cifar-10-python.tar.gz"], "md5")}
-    fetch = mock.Mock(side_effect=urllib.error.URLError("no network in tests"))
-    with temporary_folder() as folder, mock.patch.object(os, "getcwd", return_value=str(folder)), \
-            mock.patch.object(torchvision.datasets.cifar, "download_and_extract_archive", fetch):
+    with temporary_folder() as folder, offline() as fetch, \
+            mock.patch.object(os, "getcwd", return_value=str(folder)):
         (folder / "file").write_text("x")
         for name, (files, word) in table.items():
             data_of_files(folder / name, files)
@@ -1374,6 +1381,7 @@ def test_checkpoint_backbone_found():
         (state_dict(network=torchvision.models.resnet18), ["(2, 2, 2, 2) blocks"]),
         (state_dict(network=torchvision.models.resnet101), ["(3, 4, 23, 3) blocks"]),
         (state_dict("x.", network=torchvision.models.wide_resnet50_2), ["'x.'", "(128, 64, 1, 1) instead"]),
+        (plain | {"bn1.bias": torch.ones(64).to_sparse()}, ["bn1.bias as"]),
         ({"a": {"weights": torch.ones(3)}}, ["found a.weights"]), ({"epoch": 3}, ["no tensors"]),
         (two, ["--prefix", "'model.a.'", "'model.b.'"])]
     for content, words in refused:
