@@ -922,7 +922,8 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
     with torch.device("meta"):  # no time spent on initial weights
         model = build_model(settings["method"], settings["stem"], max(1, len(settings["classes"])),
                             stem_padding=settings.get("stem_padding", 1))
-    model.fc = model.fc if ours else nn.Identity()
+    if not ours:
+        model.fc = nn.Identity()
     load_weights(model, content, path, assign=True)
     model.to(torch.float32, memory_format=torch.channels_last).eval()
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
@@ -1001,11 +1002,11 @@ def _state_dicts(content):
     """(the way to it, {name: tensor}) of every dict or list in a file, from the outside in, each once."""
     found, waiting, seen = [], [("", content)], set()
     for where, value in waiting:  # grows on the way
-        value = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
-        if isinstance(value, dict) and id(value) not in seen:
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
-            found.append((where, {str(k): v for k, v in value.items() if isinstance(v, torch.Tensor)}))
-            waiting += [(f"{where}{k}.", v) for k, v in value.items()]
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            found.append((where, {str(key): item for key, item in items if isinstance(item, torch.Tensor)}))
+            waiting += [(f"{where}{key}.", item) for key, item in items]
     return found
 
 
