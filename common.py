@@ -189,6 +189,7 @@ def channel_statistics(images):
 
 
 def _load_folder(folder, download):
+    """The data in a folder, by what lies in it; UserError that names it if that is neither layout."""
     cifar = torchvision.datasets.CIFAR10
     try:
         entries = _visible(folder, []) if folder.exists() else []
@@ -226,6 +227,7 @@ def _load_cifar10(folder, download):
 
 
 def _load_image_folder(folder):
+    """`train/<class>/*` and `test/<class>/*`; labels number the classes in the order of their names."""
     known = [(folder / part).resolve() for part in ("train", "test")]
     train, test = ({entry.name: _images_below(entry.path, known) for entry in _visible(part, known)
                     if entry.is_dir()} for part in known)
@@ -637,13 +639,16 @@ def stream_representations(model, images, any_order=False):
         last = any_order and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
 
+    def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to it afterwards
+        odd.append(flat(output).clone())
+
+    odd = []
     with torch.no_grad():  # never around a yield: the caller would compute without gradients too
         x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
     del images
     for g, group in enumerate(groups, 1):
         for b, block in enumerate(group, 1):
-            odd = []  # a copy: torchvision adds the identity to this very tensor afterwards
-            handle = block.bn3.register_forward_hook(lambda *call: odd.append(flat(call[2]).clone()))
+            handle = block.bn3.register_forward_hook(keep_odd)
             try:
                 with torch.no_grad():
                     x = block(x)
