@@ -24,7 +24,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -230,12 +229,17 @@ def writable_folder(folder):
         raise UserError(f"--out {folder}: cannot write there ({reason}); give one you may write to") from None
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 2. Data
-# ======================================================================================================================
+# ============================================================================================================
+# What every script reads: `load_data` gives the training and test images of CIFAR-10, of a folder or of a
+# synthetic set, whole and on the device. Nothing is guessed: a folder laid out in another way is refused.
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training images in [0, 1]
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # its training images, in [0, 1]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published ResNet-50s expect
+LAYOUT = ("expected train/<class>/ and test/<class>/ with images; or cifar-10-python.tar.gz, which "
+          "--download fetches into an empty or new folder; or --data synthetic")
+IMAGE_ENDINGS = torchvision.datasets.folder.IMG_EXTENSIONS
 
 
 class Data(NamedTuple):
@@ -249,23 +253,21 @@ class Data(NamedTuple):
 
 
 def load_data(path, device, download=False):
-    """Data from a CIFAR-10 folder, from `train/<class>/*` and `test/<class>/*` images, or "synthetic".
+    """Data of a folder with CIFAR-10, or with `train/<class>/` and `test/<class>/` images, or of "synthetic".
 
-    Raises UserError, one line, for anything missing, unreadable or of unequal size.
+    CIFAR-10 is fetched into the folder `data` and, with `download`, into any other, but only where nothing
+    else lies. UserError for what is missing, unreadable, of unequal size or laid out in another way, by name.
     """
-    if path == "synthetic":
-        data = Data(*synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES)
-    elif Path(path).exists() and not Path(path).is_dir():
-        raise UserError(f"--data {path}: is a file; expected a folder, or the word synthetic")
-    elif (Path(path) / "train").is_dir() or (Path(path) / "test").is_dir():
-        data = _load_image_folder(Path(path))
-    else:
-        data = _load_cifar10(Path(path))
-    return Data(*(t.to(device) for t in data[:4]), data.classes)
+    with out_of_memory_advice(f"the images of --data {path}: give fewer or smaller ones, or --device cpu"):
+        if str(path) == "synthetic":
+            data = Data(*synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES)
+        else:
+            data = _load_folder(Path(os.path.expanduser(path)), download)
+        return Data(*(t.to(device) for t in data[:4]), data.classes)
 
 
 def channel_statistics(images):
-    """Per-channel mean and standard deviation (two tuples of 3 floats) of uint8 images (n, 3, h, w), in [0, 1]."""
+    """Mean and standard deviation per channel (two tuples of 3 floats) of uint8 (n, 3, h, w), in [0, 1]."""
     counts = [torch.bincount(c.flatten(), minlength=256).cpu().double() for c in images.unbind(1)]
     levels = torch.arange(256, dtype=torch.float64) / 255
     means = [float((c * levels).sum() / c.sum()) for c in counts]
@@ -273,24 +275,38 @@ def channel_statistics(images):
     return tuple(means), tuple(max(s, 1e-6) for s in stds)  # a channel of one value must not divide by zero
 
 
-def _load_cifar10(folder):
-    """CIFAR-10 through torchvision, which checks every file's md5 before reading it; downloads it if absent."""
+def _load_folder(folder, download):
+    """The data in a folder, by what lies in it; UserError that names it if that is neither layout."""
     cifar = torchvision.datasets.CIFAR10
-    archive = folder / cifar.filename
-    advice = (f"put {cifar.filename} (md5 {cifar.tgz_md5}) into {folder}, or use --data FOLDER with train/<class>/ and "
-              "test/<class>/ images, or --data synthetic")
     try:
-        sets = [cifar(folder, train=train) for train in (True, False)]
-    except RuntimeError:  # not there, or not what its md5 says
-        if archive.exists() and not torchvision.datasets.utils.check_integrity(archive, cifar.tgz_md5):
-            raise UserError(f"{archive}: truncated or altered (its md5 differs); {advice}") from None
-        try:
-            sets = [cifar(folder, train=train, download=True) for train in (True, False)]
-        except (OSError, RuntimeError) as error:
-            reason = str(error).split("\n")[0][:120]
-            raise UserError(f"no CIFAR-10 in {folder} and it cannot be downloaded ({reason}): {advice}") from None
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder}: cannot read CIFAR-10 ({error}); {advice}") from None
+        entries = _visible(folder, []) if folder.exists() else []
+        names, of_cifar = {entry.name for entry in entries}, {cifar.base_folder, cifar.filename}
+        if {"train", "test"} <= names:
+            return _load_image_folder(folder)
+        download = download or os.path.abspath(folder) == os.path.abspath("data")
+        download = download and names <= of_cifar
+        if download or names & of_cifar:
+            return _load_cifar10(folder, download)
+    except OSError as error:
+        raise UserError(f"--data {error.filename or folder}: {error.strerror}; {LAYOUT}") from None
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    images = sum(name.lower().endswith(IMAGE_ENDINGS) for name in names)
+    found = f"found folders {first_names(folders)}" if folders else f"found {images} images and no folders"
+    raise UserError(f"--data {folder}: {found if folder.exists() else 'no such folder'}; {LAYOUT}")
+
+
+def _load_cifar10(folder, download):
+    """CIFAR-10 through torchvision, which checks every md5, unpacks the archive and, if told, fetches it."""
+    cifar = torchvision.datasets.CIFAR10
+    unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
+    try:
+        sets = [cifar(folder, train=train, download=download or unpack) for train in (True, False)]
+    except Exception as error:  # network, disk, archive and pickles fail in many ways
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).split(". ")[0][:120]
+        raise UserError(f"--data {folder}: no whole CIFAR-10 there or to be had ({reason}); put "
+                        f"{cifar.filename} (md5 {cifar.tgz_md5}) into it; {LAYOUT}") from None
     parts = []
     for part in sets:
         parts += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
@@ -298,58 +314,90 @@ def _load_cifar10(folder):
 
 
 def _load_image_folder(folder):
-    """`train/<class>/*`, `test/<class>/*`: decoded once, then read from a cache while names, sizes and dates match."""
-    sets = {}
-    for part in ("train", "test"):
-        try:
-            sets[part] = torchvision.datasets.ImageFolder(folder / part)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"--data {folder}: {reason}; expected images in {folder}/train/<class>/ and "
-                            f"{folder}/test/<class>/") from None
-    if sets["train"].classes != sets["test"].classes:
-        differ = sorted(set(sets["train"].classes) ^ set(sets["test"].classes))
-        raise UserError(f"--data {folder}: train and test must have the same class folders; only in one: {differ[:5]}")
-
-    stamp = hashlib.blake2b()
-    for part in sets.values():
-        for name, _ in part.samples:
-            status = os.stat(name)
-            stamp.update(f"{os.path.relpath(name, folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    stamp = stamp.hexdigest()
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "similar-representations"
-    caches = [folder / ".images.cache.pt", user_cache / f"{stamp[:32]}.pt"]  # the second: for read-only data folders
-    for cache in caches:
-        with contextlib.suppress(Exception):  # a missing, damaged or foreign cache is only a reason to decode again
-            saved = torch.load(cache, weights_only=True)
-            if saved["stamp"] == stamp:
-                return Data(*saved["tensors"], sets["train"].classes)
-
-    parts, size = [], None
-    for part in sets.values():
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(_decode, (name for name, _ in part.samples)))
-        size = size or images[0].shape
-        for (name, _), image in zip(part.samples, images):
-            if image.shape != size:
-                raise UserError(f"{name}: is {image.shape[2]} x {image.shape[1]} pixels, the first image "
-                                f"{size[2]} x {size[1]}; all images must have the same size")
-        parts += [torch.stack(images), torch.tensor(part.targets)]
-    for cache in caches:
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically({"stamp": stamp, "tensors": parts}, cache)
-            break
-        except (OSError, RuntimeError):
-            continue
-    return Data(*parts, sets["train"].classes)
+    """`train/<class>/*` and `test/<class>/*`; labels number the classes in the order of their names."""
+    known = [(folder / part).resolve() for part in ("train", "test")]
+    train, test = ({entry.name: _images_below(entry.path, known) for entry in _visible(part, known)
+                    if entry.is_dir()} for part in known)
+    classes, files, labels = list(train), [], []
+    if train.keys() != test.keys() or not classes:
+        differ = first_names(sorted(train.keys() ^ test.keys())) or "none in either"
+        raise UserError(f"--data {folder}: train and test must have the same classes: {differ}; {LAYOUT}")
+    for part in (train, test):
+        for label, name in enumerate(classes):
+            if not part[name]:
+                raise UserError(f"--data {folder}: no images of class {name} in train or test; {LAYOUT}")
+            files += part[name]
+            labels += [label] * len(part[name])
+    images, labels, n = _read_images(files), torch.tensor(labels), sum(map(len, train.values()))
+    return Data(images[:n], labels[:n], images[n:], labels[n:], classes)
 
 
-def _decode(name):
+def _visible(folder, known):
+    """What lies in a folder, sorted, without hidden things and links into or around `known` folders."""
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        hidden = entry.name.startswith(".") or entry.name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+        if entry.is_symlink() and entry.is_dir():
+            target = Path(entry.path).resolve()
+            hidden = hidden or any(target.is_relative_to(k) or k.is_relative_to(target) for k in known)
+        if not hidden:
+            found.append(entry)
+    return found
+
+
+def _images_below(folder, known):
+    """Paths of the images below a folder; no link may lead back to `known` folders or those on the way."""
+    images, known = [], known + [Path(folder).resolve()]
+    for entry in _visible(folder, known):
+        if entry.is_dir():
+            images += _images_below(entry.path, known)
+        elif entry.name.lower().endswith(IMAGE_ENDINGS):
+            images.append(entry.path)
+    return images
+
+
+def _read_images(files):
+    """uint8 (n, 3, h, w) of image files of one size, read by threads; says on a terminal how far it is."""
+    shape = _decode(files[0]).shape
+    images = torch.empty(len(files), *shape, dtype=torch.uint8)
+
+    def read(i):
+        image = _decode(files[i])
+        if image.shape != shape:
+            raise UserError(f"{files[i]}: is {image.shape[2]} x {image.shape[1]} pixels, the first image "
+                            f"{shape[2]} x {shape[1]}; all images must have the same size")
+        images[i] = image
+
+    with ThreadPoolExecutor() as pool:
+        for done, _ in enumerate(pool.map(read, range(len(files))), 1):
+            if sys.stderr.isatty() and (done % 500 == 0 or done == len(files)):
+                end = "\n" if done == len(files) else ""
+                print(f"\rread {done:,} of {len(files):,} images", end=end, file=sys.stderr, flush=True)
+    return images
+
+
+def _decode(file):
+    """uint8 (3, h, w) of an image file, as stored: not turned by EXIF (nor does ImageFolder), alpha dropped.
+
+    16-bit gray is divided by 257, which takes 65,535 to 255; of 16-bit colour Pillow keeps the high byte;
+    palettes, CMYK and the like are converted by Pillow. UserError for 32-bit and floating-point pixels, whose
+    range nobody states, for several pages and for what cannot be read.
+    """
     try:
-        return torchvision.transforms.functional.pil_to_tensor(torchvision.datasets.folder.default_loader(name))
+        with torchvision.datasets.folder.Image.open(file) as image:  # Pillow, which torchvision needs
+            if image.format == "TIFF" and image.n_frames > 1:
+                raise ValueError(f"{image.n_frames} pages: save each as a file")
+            if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+                gray = torch.from_numpy(np.array(image).astype(np.int32))
+                return ((gray + 128) // 257).to(torch.uint8).expand(3, -1, -1)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"32-bit pixels, Pillow's mode {image.mode}: save it with 8 or 16 bits")
+            return torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"{name}: not a readable image ({' '.join(str(error).split())[:120]}); replace or remove it") from None
+        if is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)[:120]
+        raise UserError(f"{file}: not usable as an image ({reason}); replace or remove it") from None
 
 
 SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
@@ -357,10 +405,10 @@ SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
 
 
 def synthetic_images(n, seed):
-    """n images uint8 (n, 3, 32, 32) and labels int64 (n,) of `SYNTHETIC_CLASSES`, on the CPU; the same for the same seed.
+    """Images uint8 (n, 3, 32, 32), labels int64 (n,) of `SYNTHETIC_CLASSES`, on the CPU, from the seed alone.
 
-    A class is a shape and a texture. Position, size, tilt, both colours, the texture's phase and the background's
-    shading and noise are drawn independently of it, so colour alone does not give the class away.
+    A class is a shape and a texture. Position, size, tilt, both colours, the texture's phase and the
+    background's shading and noise do not depend on it, so colour alone does not give the class away.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -371,7 +419,8 @@ def synthetic_images(n, seed):
     axis = torch.arange(32.0)
     x, y = axis.view(1, 1, 32) - uniform(12, 20, 1, 1), axis.view(1, 32, 1) - uniform(12, 20, 1, 1)
     tilt, radius = uniform(-0.2, 0.2, 1, 1), uniform(9, 14, 1, 1)
-    u, v = x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()  # pixels from the centre, along its axes
+    u = x * tilt.cos() + y * tilt.sin()  # pixels from the centre, along the shape's own axes
+    v = y * tilt.cos() - x * tilt.sin()
     rho, a, b = torch.hypot(u, v), u.abs() / radius, v.abs() / radius
     cross = torch.minimum(torch.maximum(a / 0.4, b), torch.maximum(a, b / 0.4))
     size = torch.where((labels >= 5).view(n, 1, 1), cross, rho / radius)  # below 1 inside the shape
@@ -381,11 +430,12 @@ def synthetic_images(n, seed):
     textures = torch.stack([torch.ones(n, 32, 32), waves[0], waves[1], waves[0] * waves[1], waves[2]], 1)
     dark = textures.gather(1, (labels % 5).view(n, 1, 1, 1).expand(n, 1, 32, 32)) < 0
     back, front = torch.rand(n, 3, 1, 1, generator=g), torch.rand(n, 3, 1, 1, generator=g)
-    near = (front - back).abs().amax(1, keepdim=True) < 0.4  # too little contrast: move the shape half the range away
+    near = (front - back).abs().amax(1, keepdim=True) < 0.4  # too little contrast: move half the range away
     front = torch.where(near, (back + 0.5) % 1, front)
     shading = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=32, mode="bilinear", align_corners=False)
     ink = torch.where(dark, 1 - front, front)
-    images = torch.lerp(back + shading, ink, inside.unsqueeze(1)) + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    images = torch.lerp(back + shading, ink, inside.unsqueeze(1))
+    images = images + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
@@ -606,9 +656,11 @@ def _standardise(x, mean, std):
     return x
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 4. ResNet-50, its representations, the projection head
-# ======================================================================================================================
+# ============================================================================================================
+# `build_model` makes the networks that the training scripts train and the checkpoints fill; the figures read
+# every layer through `stream_representations`, one at a time, and other projects through `representations`.
 
 BLOCK_GROUPS = (3, 4, 6, 3)  # bottlenecks per block group, Table 1
 
@@ -616,8 +668,8 @@ BLOCK_GROUPS = (3, 4, 6, 3)  # bottlenecks per block group, Table 1
 class ProjectionHead(nn.Module):
     """SimCLR's non-linear head as the paper uses it (App. A: "a 3-layer MLP"): 2048 -> 2048 -> 2048 -> 128.
 
-    As in SimCLR's code each layer is a product without bias and a batch norm, the first two with a ReLU, the last norm
-    without a shift. `head.1` to `head.3` are the outputs of the layers.
+    As in SimCLR's code each layer is a product without bias and a batch norm, the first two with a ReLU, the
+    last norm without a shift. `head.1` to `head.3` are the outputs of the layers.
     """
 
     def __init__(self, width=2048, out=128):
@@ -634,17 +686,19 @@ class ProjectionHead(nn.Module):
         return self.layers(x)
 
 
-def build_model(method, stem, classes=10, seed=0, zero_init=True):
+def build_model(method, stem, classes=10, seed=0, zero_init=True, stem_padding=1):
     """A torchvision ResNet-50 whose `fc` is the projection head ("simclr") or the classifier ("supervised").
 
-    stem "imagenet": 7 x 7 stride 2 and max-pool; "cifar": 3 x 3 stride 1, no pool (SimCLR App. B.9). The weights depend
-    on method and seed only; the last gamma of each block is 0 unless `zero_init` is False. In train mode, on the CPU.
+    stem "imagenet": 7 x 7 stride 2 and max-pool; "cifar": 3 x 3 stride 1, no pool (SimCLR App. B.9). The
+    weights depend on method and seed only; the last gamma of each block is 0 unless `zero_init` is False. In
+    train mode, on the CPU.
     """
+    digest = hashlib.blake2b(f"weights {method} {seed}".encode(), digest_size=7).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"weights {method} {seed}".encode(), digest_size=7).digest(), "big"))
+        torch.manual_seed(int.from_bytes(digest, "big"))
         model = torchvision.models.resnet50(zero_init_residual=zero_init)
         if stem == "cifar":
-            model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            model.conv1 = nn.Conv2d(3, 64, 3, padding=stem_padding, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
             model.maxpool = nn.Identity()
         if method == "simclr":
@@ -657,45 +711,45 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True):
 
 
 def representations(model, images, any_order=False):
-    """Every representation of `images` (n, 3, h, w): a dict, in depth order, from layer name to an (n, p) tensor.
+    """Every representation of `images` (n, 3, h, w): a dict in depth order, from layer name to (n, p) tensor.
 
-    `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last ReLU (App.
-    A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. Works on any torchvision ResNet-50. The
-    model stays in the mode it is in (use eval for figures); no hook is left behind, even after an exception. TypeError
-    for a network without the 16 bottlenecks.
+    `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
+    ReLU (App. A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. The model stays in
+    the mode it is in (use eval for figures); no hook is left behind, even after an exception. TypeError for a
+    network that is not torchvision's ResNet of 16 bottlenecks, or whose class changes what that computes.
 
-    Features are in the order of flattened (channel, height, width); with `any_order` in that of memory, which for a
-    channels_last network saves a transposition. Linear CKA is the same for any order.
+    Features are in the order of flattened (channel, height, width); with `any_order` in that of memory, which
+    for a channels_last network saves a transposition. Linear CKA is the same for any order.
     """
     return dict(stream_representations(model, images, any_order))
 
 
-@torch.no_grad()
 def stream_representations(model, images, any_order=False):
-    """`representations` one at a time: yields (name, tensor) as soon as the network has computed it.
+    """`representations` one at a time, (name, tensor) pairs, in memory for two blocks instead of sixteen.
 
-    Whoever lets go of each tensor before taking the next needs memory for two blocks instead of sixteen. The tensors must
-    not be changed: the network reads them afterwards.
+    It holds neither the images nor what was taken: let go of both. The tensors must not be changed, the
+    network reads them afterwards.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
-    if tuple(len(g) for g in groups) != BLOCK_GROUPS or not all(hasattr(b, "bn3") for g in groups for b in g):
-        raise TypeError(f"representations() needs a torchvision ResNet-50 (bottlenecks {BLOCK_GROUPS}), "
-                        f"got {type(model).__name__}")
+    _refuse_other_networks(model, groups)
 
     def flat(x):
         last = any_order and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
 
-    def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to this very tensor afterwards
+    def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to it afterwards
         odd.append(flat(output).clone())
 
-    x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+    odd = []
+    with torch.no_grad():  # never around a yield: the caller would compute without gradients too
+        x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+    del images
     for g, group in enumerate(groups, 1):
         for b, block in enumerate(group, 1):
-            odd = []
             handle = block.bn3.register_forward_hook(keep_odd)
             try:
-                x = block(x)
+                with torch.no_grad():
+                    x = block(x)
             finally:
                 handle.remove()
             yield f"BG{g}.{b}.odd", odd.pop()
@@ -703,8 +757,23 @@ def stream_representations(model, images, any_order=False):
     if isinstance(model.fc, ProjectionHead):
         x = model.avgpool(x).flatten(1)
         for i, layer in enumerate(model.fc.layers, 1):
-            x = layer(x)
+            with torch.no_grad():
+                x = layer(x)
             yield f"head.{i}", x
+
+
+=======
+def _refuse_other_networks(model, groups):
+    """TypeError unless the network computes what torchvision's ResNet does, whose forward we take apart."""
+    resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
+    steps = [(model, "forward", resnet.forward), (model, "_forward_impl", resnet._forward_impl)]
+    steps += [(block, "forward", bottleneck.forward) for group in groups for block in group]
+    other = [type(module).__name__ for module, name, torchvisions in steps
+             if getattr(getattr(module, name, None), "__func__", None) is not torchvisions]
+    if other or tuple(map(len, groups)) != BLOCK_GROUPS or model._forward_pre_hooks:
+        raise TypeError(f"representations() needs a torchvision ResNet-50 (bottlenecks {BLOCK_GROUPS}), not "
+                        "wrapped, with no forward of its own and no hook before it; got "
+                        f"{other[0] if other else type(model).__name__}")
 
 
 # ============================================================================================================
@@ -889,9 +958,11 @@ def distributed(device_name):
     dist.destroy_process_group()  # after success only: without a lost rank, kernels never finish
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 8. Checkpoints
-# ======================================================================================================================
+# ============================================================================================================
+# The training scripts write and resume from their own files; the figures read those and other projects'. All
+# are read with weights_only: they can hold tensors, numbers, texts, lists and dicts, and nothing is run.
 
 
 def save_atomically(content, path):
@@ -900,16 +971,26 @@ def save_atomically(content, path):
 
 
 def read_file(path, device, advice):
-    """What torch.save wrote into a file of plain values; nothing in it is executed. UserError if it is not one."""
+    """What torch.save wrote into a file of plain values; nothing in it is executed. UserError otherwise."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what a foreign file is; the error below says it
+        with open(path, "rb") as file:
+            beginning = file.read(9)
+        with warnings.catch_warnings(), out_of_memory_advice(f"the file {path}: it needs a larger machine"):
+            warnings.simplefilter("ignore")  # about what a foreign file is; the errors below say it
             return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {advice}") from None
-    except Exception as error:  # damaged files fail in many ways, all of them meaning the same
-        raise UserError(f"{path}: truncated, damaged or not a plain checkpoint ({str(error).split(chr(10))[0][:100]}); "
-                        f"{advice}") from None
+    except OSError as error:  # missing, a folder, no permission, a bad disk
+        raise UserError(f"{path}: {error.strerror or error}; {advice}") from None
+    except Exception as error:  # damaged files fail in many ways
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        refused = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
+        what = "truncated, damaged or not written by torch.save"
+        if beginning.endswith(b"{"):  # eight bytes of length, then JSON
+            what = 'safetensors; convert it: torch.save(safetensors.torch.load_file(FILE), "weights.pt")'
+        elif refused:
+            what = (f"holds {refused[1] or refused[2]}, which is not loaded since it could run code; where "
+                    'you trust it, save the state dict alone: torch.save(model.state_dict(), "weights.pt")')
+        raise UserError(f"{path}: {what}; {advice}") from None
 
 
 def read_checkpoint(path, device="cpu"):
@@ -922,96 +1003,183 @@ def read_checkpoint(path, device="cpu"):
 
 
 def is_checkpoint(content):
-    """True for what `Run.save` writes."""
+    """True for what the training scripts write, in this version or an earlier one."""
     expected = {"settings": dict, "epoch": int, "step": int, "backbone": dict, "head": dict}
-    known = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in expected.items())
-    return known and {"method", "seed", "classes", "mean", "std", *SETTINGS} <= content["settings"].keys()
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), t) for k, t in expected.items()):
+        return False
+    needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "strength", "blur"}
+    return needed <= content["settings"].keys()
 
 
 def load_weights(model, checkpoint, path, assign=False):
-    """Copies (or with `assign` puts) a checkpoint's backbone and head into `model`; UserError naming what does not fit."""
+    """Copies (or with `assign` puts) a checkpoint's backbone and head into `model`, or raises UserError."""
     weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
     try:
         model.load_state_dict(weights, strict=True, assign=assign)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: its weights do not fit a ResNet-50 with this stem and head ({str(error)[:300]})") from None
+        raise UserError(f"{path}: its weights do not fit ({str(error)[:300]})") from None
 
 
-def load_model(path, device="cpu"):
-    """The network of a checkpoint on `device`, in eval mode, ready for `representations`.
+def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=None, prefix=None,
+               stem_padding=None):
+    """The network in a checkpoint of ours or in another project's file, on `device`, in eval mode.
 
-    `model.settings` is the dict of settings it was trained with, and "epoch" the epochs it has behind it. UserError if
-    the file is missing, damaged or does not fit.
+    `model.settings` is the dict of settings it was trained with, and "epoch" the epochs behind it. The other
+    arguments are for other projects' files: see `find_backbone` and `foreign_settings`. UserError for a file
+    that is neither, does not fit, or holds values that are not finite.
     """
-    return model_of(read_checkpoint(path, device), path, device)
-
-
-def model_of(checkpoint, path, device):
-    """`load_model` of what `read_checkpoint` returned."""
-    settings = checkpoint["settings"]
+    content = read_file(path, "cpu", "expected a checkpoint of this study or a ResNet-50's state dict")
+    ours = is_checkpoint(content)
+    if ours:
+        settings = content["settings"] | {"epoch": content["epoch"]}
+    else:
+        weights, start, left_out = find_backbone(content, path, prefix)
+        settings = foreign_settings(weights, method, image_size, mean, std, stem_padding)
+        settings["note"] = f"took the network at prefix '{start}'; {settings['note']}"
+        settings |= {"file": str(path), "prefix": start, "left_out": left_out}
+        content = {"backbone": weights, "head": {}}
     with torch.device("meta"):  # no time spent on initial weights
-        model = build_model(settings["method"], settings["stem"], len(settings["classes"]))
-    load_weights(model, checkpoint, path, assign=True)
-    model.settings = settings | {"epoch": checkpoint["epoch"]}
-    return model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+        model = build_model(settings["method"], settings["stem"], max(1, len(settings["classes"])),
+                            stem_padding=settings.get("stem_padding", 1))
+    if not ours:
+        model.fc = nn.Identity()
+    load_weights(model, content, path, assign=True)
+    model.to(torch.float32, memory_format=torch.channels_last).eval()
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: NaN or infinity in {first_names(broken)}; take a file from before that")
+    model.settings = settings
+    return model.to(device)
 
 
-def load_any_model(path, method, device="cpu", image_size=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """The network in a checkpoint of ours, or in a plain state dict of a torchvision ResNet-50, in eval mode.
+def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=None):
+    """`load_model` with its most used arguments, in another order."""
+    return load_model(path, device, method, image_size, mean, std)
 
-    For a state dict, `method` ("simclr" or "supervised") is the one whose augmentations it gets in Figures 3 and 5, its
-    images are resized to `image_size` (default: 224, or 32 for a 3 x 3 stem) and standardised by `mean` and `std`; all
-    of it is in `model.settings`, "left_out" being the names of the file's tensors that are not the backbone's. UserError
-    if the file is neither, or does not fit to the last tensor.
+
+def foreign_settings(weights, method, image_size, mean, std, stem_padding):
+    """How images reach another project's backbone; "note" says what was assumed that weights do not show.
+
+    `method` ("simclr" or "supervised", the default) is the one whose augmentation it gets in Figures 3 and 5.
+    Images are resized to `image_size` (default: 224, or 32 for a 3 x 3 stem) and standardised by `mean` and
+    `std` (default: ImageNet's).
     """
-    content = read_file(path, device, "expected a checkpoint of this study or a state dict of a torchvision ResNet-50")
-    if is_checkpoint(content):
-        return model_of(content, path, device)
-    weights, left_out = find_backbone(content, path)
-    kernel = tuple(weights["conv1.weight"].shape[2:])
-    if kernel not in ((7, 7), (3, 3)):
-        raise UserError(f"{path}: its conv1 is {kernel}; expected a 7 x 7 (ImageNet) or 3 x 3 (CIFAR-10) stem")
-    stem = "imagenet" if kernel == (7, 7) else "cifar"
+    small = weights["conv1.weight"].shape[-1] == 3
+    note = "7 x 7 stem with stride 2, padding 3 and max-pool assumed"
+    if small:
+        note = f"3 x 3 stem with stride 1, padding {stem_padding or 1} and no max-pool assumed"
+        note += "" if stem_padding else " (--stem-padding 2: as solo-learn's)"
+    if not (mean and std):
+        note += ", images standardised for ImageNet (--mean, --std)"
+    return {"method": method or "supervised", "seed": None, "data": None, "classes": [],
+            "stem": "cifar" if small else "imagenet", "stem_padding": stem_padding or 1,
+            "image_size": image_size or (32 if small else 224), "standardise": True,
+            "mean": list(mean or IMAGENET_MEAN), "std": list(std or IMAGENET_STD),
+            "strength": 0.5 if small else 1.0, "blur": not small, "note": note}
+
+
+def find_backbone(content, path, prefix=None):
+    """({torchvision's name: tensor}, prefix, names left out) of the one ResNet-50 in what a file holds.
+
+    Its names may follow any prefix, in dicts in dicts, and be numbered by nn.Sequential. UserError if none is
+    whole, with what the nearest lacks, and if several are that differ, of which neither `_preferred` nor
+    `prefix` (its end is enough) picks one. Left out are the other tensors of the same dict.
+    """
+    wanted, whole, faults, found = _backbone_shapes(), {}, [], []
+    for where, tensors in _state_dicts(content):
+        found += [where + name for name in tensors]
+        for start, names in _resnets(tensors):
+            wrong = _faults({name: tensors[old] for name, old in names.items()}, wanted)
+            faults.append((len(wrong), f"the nearest, with prefix '{where}{start}': {first_names(wrong)}"))
+            if not wrong:
+                names = {name: old for name, old in names.items() if name in wanted}
+                weights = {name: tensors[old] for name, old in names.items()}
+                whole[where + start] = weights, where + start, sorted(tensors.keys() - set(names.values()))
+    if not whole:
+        what = min(faults)[1] if faults else f"found {first_names(found) or 'no tensors'}"
+        raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {what}")
+    chosen = _preferred(list(whole))
+    if prefix is not None:
+        ends = [p for p in whole if f".{p}".endswith(f".{prefix.strip('.')}.")]
+        chosen = [p for p in whole if p.strip(".") == prefix.strip(".")] or ends
+    first, *others = [whole[p][0] for p in chosen] or [{}]
+    if not chosen or any(not torch.equal(other[name], first[name]) for other in others for name in first):
+        what = f"no ResNet-50 at --prefix {prefix}" if not chosen else "several ResNet-50s"
+        raise UserError(f"{path}: {what}; choose one by --prefix: {first_names([repr(p) for p in whole])}")
+    return whole[chosen[0]]
+
+
+@functools.cache
+def _backbone_shapes():
+    """{torchvision's name: shape} of a ResNet-50 without its classifier."""
     with torch.device("meta"):
-        model = build_model("supervised", stem)
-    model.fc = nn.Identity()
-    wanted = model.state_dict()
-    counts = {name: torch.zeros((), dtype=torch.int64) for name in wanted if name.endswith("num_batches_tracked")}
-    weights = counts | weights  # old files have no counts, and nothing here uses them
-    other_shape = {name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape}
-    faults = {"missing": wanted.keys() - weights.keys(), "unexpected": weights.keys() - wanted.keys(),
-              "of another shape": other_shape}
-    if any(faults.values()):
-        what = "; ".join(f"{fault}: {some_of(sorted(names))}" for fault, names in faults.items() if names)
-        raise UserError(f"{path}: does not fit a torchvision ResNet-50; {what}")
-    load_weights(model, {"backbone": weights, "head": {}}, path, assign=True)
-    model.settings = {
-        "file": str(path), "left_out": left_out, "method": method, "seed": None, "data": None, "classes": [], "stem": stem,
-        "image_size": image_size or {"imagenet": 224, "cifar": 32}[stem], "standardise": True, "mean": list(mean),
-        "std": list(std), "strength": {"imagenet": 1.0, "cifar": 0.5}[stem], "blur": stem == "imagenet"}
-    return model.to(device, torch.float32, memory_format=torch.channels_last).eval()
+        tensors = torchvision.models.resnet50().state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("fc.")}
 
 
-def find_backbone(content, path):
-    """({torchvision's name: tensor} of a ResNet's backbone, names of the tensors left out) in a loaded file."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    content = content if isinstance(content, dict) else {}
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    first = [re.fullmatch(r"((?:module\.|backbone\.|encoder\.|encoder_q\.|model\.)*)conv1\.weight", name) for name in tensors]
-    prefixes = [match[1] for match in first if match]
-    if len(prefixes) != 1:
-        found = f"{len(prefixes)} of them, {prefixes}" if prefixes else some_of(sorted(tensors)) or "no tensors"
-        raise UserError(f"{path}: expected the names of one torchvision ResNet-50, conv1.weight and so on, perhaps after "
-                        f"module. backbone. encoder. encoder_q. or model.; found {found}")
-    inside = {name.removeprefix(prefixes[0]): value for name, value in tensors.items() if name.startswith(prefixes[0])}
-    heads = ("fc.", "head.", "heads.", "projector.", "projection_head.", "predictor.", "prototypes.", "classifier.", "linear.")
-    weights = {name: value for name, value in inside.items() if not name.startswith(heads)}
-    return weights, sorted(tensors.keys() - {prefixes[0] + name for name in weights})
+def _state_dicts(content):
+    """(the way to it, {name: tensor}) of every dict or list in a file, from the outside in, each once."""
+    found, waiting, seen = [], [("", content)], set()
+    for where, value in waiting:  # grows on the way
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            found.append((where, {str(key): item for key, item in items if isinstance(item, torch.Tensor)}))
+            waiting += [(f"{where}{key}.", item) for key, item in items]
+    return found
 
 
-def some_of(names, most=5):
+def _resnets(tensors):
+    """(prefix, {torchvision's name: name}) of everything in a state dict that looks like a ResNet."""
+    starts = [re.fullmatch(r"((?:.*\.)?)(layer1|[234])\.0\.conv1\.weight", name) for name in tensors]
+    starts, found = [match.groups() for match in starts if match], []
+    for start, layer1 in starts:
+        tops = {}
+        if layer1 != "layer1":  # nn.Sequential(*children): 4, or less without ReLU and max-pool before it
+            tops = {"0": "conv1", "1": "bn1"} | {str(int(layer1) + g): f"layer{g + 1}" for g in range(4)}
+        inner = tuple(other for other, _ in starts if len(other) > len(start))
+        names = {}
+        for name in tensors:
+            if name.startswith(start) and not name.startswith(inner):
+                top, dot, rest = name[len(start):].partition(".")
+                names[tops.get(top, top) + dot + rest.replace("shortcut.", "downsample.")] = name
+        found.append((start, names))
+    return found
+
+
+def _faults(network, wanted):
+    """What keeps {torchvision's name: tensor} from being a ResNet-50's backbone, in words."""
+    blocks = tuple(len({n.split(".")[1] for n in network if n.startswith(f"layer{g}.")}) for g in range(1, 5))
+    faults = [f"{blocks} blocks instead of {BLOCK_GROUPS}"] if blocks != BLOCK_GROUPS else []
+    missing = [n for n in wanted if n not in network and "num_batches" not in n]  # old files have no counts
+    if missing and all(".running_" in name for name in missing):
+        return ["no running statistics of the batch norms; save model.state_dict(), which has them"]
+    faults += [f"no {name}" for name in missing]
+    for name, tensor in network.items():
+        shape, small = tuple(tensor.shape), name == "conv1.weight" and tensor.shape == (64, 3, 3, 3)
+        numbers = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+        if name in wanted and shape != wanted[name] and not small:
+            faults.append(f"{name} {shape} instead of {wanted[name]}")
+        elif name in wanted and "num_batches" not in name and not numbers:
+            faults.append(f"{name} as {tensor.type()} instead of plain floating-point numbers")
+        elif name not in wanted and (tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name)):
+            faults.append(f"{name} besides")  # a head's tensors have other names and at most two dimensions
+    return faults
+
+
+def _preferred(prefixes):
+    """Those of several networks' prefixes that are meant where nobody chooses.
+
+    The teacher instead of the student, as DINO publishes; then anything instead of key encoders, targets,
+    momentum and EMA copies.
+    """
+    words = {prefix: set(re.split(r"[._]", prefix.lower())) for prefix in prefixes}
+    if any("teacher" in words[p] for p in prefixes):
+        prefixes = [p for p in prefixes if "student" not in words[p]]
+    return [p for p in prefixes if not words[p] & {"k", "key", "target", "momentum", "ema"}] or prefixes
+
+
+def first_names(names, most=5):
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
