@@ -1812,41 +1812,90 @@ class _Progress:
 # ---- to here ----
 
 
-# ======================================================================================================================
-# 11. Figures: command line, networks, sources, findings, drawing
-# ======================================================================================================================
+# ============================================================================================================
+# 11. Figures
+# ============================================================================================================
+# What the four figure scripts share, in the order of use: command line, networks and images, sources, measuring,
+# claims and their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2),
+# `<key>_debiased` the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
 
 LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
           for kind in ("odd", "even")]
 HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
-NAMES, COLORS = {"simclr": "SimCLR", "supervised": "Supervised"}, {"simclr": "tab:blue", "supervised": "tab:orange"}
+NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
+FOREIGN_FLAGS = {  # what a state dict does not say about itself
+    "image-size": {"type": number(int, low=8), "help": "pixels (default: 224, or 32 with a 3x3 stem)"},
+    "mean": {"type": number(float, low=0), "nargs": 3, "help": "of the channels (default: ImageNet's)"},
+    "std": {"type": number(float, above=0), "nargs": 3, "help": "of the channels (default: ImageNet's)"},
+    "prefix": {"help": "what stands before conv1.weight in a file with several networks"},
+    "stem-padding": {"type": int, "choices": (1, 2), "help": "of a 3x3 stem (default: 1)"}}
 
 
 def figure_parser(doc):
     """The flags that all figure scripts share."""
     parser = Parser(doc)
-    add = parser.add_argument
-    add("--checkpoints", default="checkpoints/paper", help="folder of *_seed*.pt files (default: checkpoints/paper)")
-    for method in NAMES:
-        add(f"--{method}", nargs="+", metavar="FILE", help=f"networks in place of the folder's {method} ones: checkpoints of "
-            "this study, or state dicts of any torchvision ResNet-50")
-    add("--image-size", type=number(int, low=8), help="pixels for state dicts (default: 224, or 32 with a 3x3 stem)")
-    add("--mean", type=number(float, low=0), nargs=3, help="of the channels, for state dicts (default: ImageNet's)")
-    add("--std", type=number(float, above=0), nargs=3, help="of the channels, for state dicts (default: ImageNet's)")
-    add("--untrained", action="store_true", help="the same networks before training, in torchvision's standard initialisation")
-    add("--replot", action="store_true", help="draw again from the .npz in --out, without networks")
-    add("--out", help="folder for the .png and .npz (default: figures/<name of the checkpoint folder or of the files>)")
+    parser.usage = "%(prog)s [flags]"
+    add = parser.add_argument_group("networks").add_argument
+    add("--checkpoints", help="folder of *_seed*.pt files (default: checkpoints/paper, if no files)")
+    for method, name in NAMES.items():
+        add(f"--{method}", nargs="+", metavar="FILE", help="networks in place of the folder's: "
+            "checkpoints of this study, or state dicts of any torchvision ResNet-50")
+        add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
+    add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
+    add = parser.add_argument_group("images and measuring").add_argument
     add("--data", help="as in training (default: what the networks were trained on; for state dicts: data)")
+    add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
-    add("--debiased", action="store_true", help="debiased CKA instead of the biased one of Eq. (2)")
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
-    add("--precision", choices=("float32", "tf32", "bfloat16"),
+    add("--precision", choices=("float32", "tf32", "float16", "bfloat16"),
         help="of the Gram matrices' products (default: the fastest whose CKA error is below 1e-4)")
-    add("--memory", type=number(float, above=0), help="GB for CKA (default: half of what is free)")
+    add("--memory", type=number(float, above=0), help="GB for CKA (default: 80 %% of what is free)")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--out", help="folder for .png and .npz (default: figures/<name of the checkpoints or files>)")
+    add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
+    add("--replot", action="store_true", help="judge and draw again from the .npz in --out, without networks")
+    for side in ("", *NAMES):
+        whose = f"--{side} alone" if side else "both sides"
+        add = parser.add_argument_group(f"state dicts of {whose}").add_argument
+        for flag, options in FOREIGN_FLAGS.items():
+            add(f"--{side}-{flag}" if side else f"--{flag}", **options)
     return parser
+
+
+def foreign_options(args, side):
+    """The flags of one side's state dicts (side "": those of both) by `load_model`'s names for them."""
+    names = [flag.replace("-", "_") for flag in FOREIGN_FLAGS]
+    return {name: getattr(args, f"{side}_{name}" if side else name) for name in names}
+
+
+def without_ending(path):
+    """The name of a checkpoint file without .pt, .pth.tar and the like."""
+    return re.sub(r"(\.(pt|pth|tar|ckpt|bin))+$", "", Path(path).name)
+
+
+def side_label(args, method):
+    """What a figure calls the networks of one side."""
+    given, files = getattr(args, f"{method}_label"), getattr(args, method)
+    if given or not files:
+        return given or NAMES[method]
+    return without_ending(files[0]) + (f" and {len(files) - 1} more" if files[1:] else "")
+
+
+def checkpoint_folder(args):
+    """The folder that --checkpoints names."""
+    return Path(args.checkpoints or "checkpoints/paper").expanduser()
+
+
+def figure_folder(args):
+    """The folder of a figure's files; a default one has no spaces, commas or the like in its name."""
+    if args.out:
+        return Path(args.out).expanduser()
+    name = "-".join(side_label(args, method) for method in NAMES if getattr(args, method))
+    name = re.sub(r"[^\w.-]+", "_", name or checkpoint_folder(args).resolve().name).strip("._-")[:100]
+    return Path("figures") / ((name or "figures") + ("-untrained" if args.untrained else ""))
 
 
 class Study(NamedTuple):
@@ -1856,107 +1905,81 @@ class Study(NamedTuple):
     device: torch.device
     out: Path
     networks: dict  # method -> list of models in eval mode, each with its `settings` and `name`
-    names: dict  # method -> what labels call it
     data: Data
+    data_path: str
+    other_images: bool  # than those of the networks' training
     images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
     labels: torch.Tensor  # (m,)
 
 
 def open_study(args, methods):
-    """`Study` of the networks of `methods`, from files or --checkpoints, after checking that everything needed is there."""
-    device, networks = pick_device(args.device), {}
-    names = {method: called for method, called in (NAMES | names_of_files(args)).items() if method in methods}
-    for method in methods:
-        files = getattr(args, method)
-        networks[method] = networks_in_files(args, method, device) if files else networks_in_folder(args, method, device)
-        if args.untrained:
-            networks[method] = [untrained(model, place, device) for place, model in enumerate(networks[method])]
-    settings = [model.settings for models in networks.values() for model in models]
-    if (args.image_size or args.mean or args.std) and not any("standardise" in s for s in settings):
-        raise UserError("--image-size, --mean and --std are for state dicts; checkpoints of this study know theirs: leave "
-                        "them out")
+    """`Study` of the networks of `methods`; UserError if anything is missing or does not fit together."""
+    device = pick_device(args.device)
+    if len({side_label(args, method) for method in methods}) < len(methods):
+        raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
+                        "--simclr-label and --supervised-label")
+    networks = {method: load_networks(args, method, device) for method in methods}
+    settings = {method: [model.settings for model in models] for method, models in networks.items()}
+    settings[""] = [s for side in settings.values() for s in side]
+    for side, some in settings.items():
+        given = [name for name, value in foreign_options(args, side).items() if value is not None]
+        if given and all("preset" in s for s in some):
+            flag = "-".join([side, *given[0].split("_")]).strip("-")
+            raise UserError(f"--{flag} is for state dicts; checkpoints know theirs: leave it out")
     for name in ("stem", "image_size", "data"):
-        values = sorted({str(s[name]) for s in settings if s[name]})
+        values = sorted({str(s[name]) for s in settings[""] if s[name]})
         if len(values) > 1:
             warn(f"networks differ in {name}: {', '.join(values)}")
-    args.data = args.data or next((s["data"] for s in settings if s["data"]), "data")
-    data = load_data(args.data, device)
+    if args.untrained:
+        networks = {m: [untrained(model, i, device) for i, model in enumerate(networks[m])] for m in methods}
+    data, path, other_images = figure_data(args, settings[""], device)
     total = len(data.test_images)
     if args.samples and args.samples > total:
         raise UserError(f"--samples {args.samples}: the test set has {total} images")
-    m = args.samples or total
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:m].sort().values.to(device)
-    out = writable_folder(figure_folder(args))
-    return Study(args, device, out, networks, names, data, data.test_images[chosen], data.test_labels[chosen])
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    chosen = order[:args.samples or total].sort().values.to(device)
+    return Study(args, device, writable_folder(figure_folder(args)), networks, data, path, other_images,
+                 data.test_images[chosen], data.test_labels[chosen])
 
 
-def networks_in_folder(args, method, device):
-    """The networks of --checkpoints/<method>_seed*.pt, in the order of their seeds."""
-    folder = Path(args.checkpoints)
-    paths = sorted(folder.glob(f"{method}_seed*.pt"), key=lambda p: (len(p.name), p.name))
+def load_networks(args, method, device):
+    """The networks of one side: its files in their order, or --checkpoints/<method>_seed*.pt by seed."""
+    files, folder = getattr(args, method), checkpoint_folder(args)
+    if not files and not args.checkpoints and (args.simclr or args.supervised):
+        raise UserError(f"networks for one side only: give --{method} FILE... too, or --checkpoints FOLDER; "
+                        "to compare the networks of one side with each other, use fig1_internal.py")
+    paths = [Path(name).expanduser() for name in files or []]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"--{method}: each file once")
+    paths = paths or sorted(folder.glob(f"{method}_seed*.pt"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
                         f"`python train_{method}.py --out {folder}`")
-    models = [load_model(path, device) for path in paths]
-    seeds = [(m.settings["method"], m.settings["seed"]) for m in models]
-    if len(set(seeds)) < len(seeds) or {m for m, _ in seeds} != {method}:
-        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks of different "
-                        "seeds; move the others away")
+    own = {name: value for name, value in foreign_options(args, method).items() if value is not None}
+    models = [load_model(path, device, method, **foreign_options(args, "") | own) for path in paths]
     for path, model in zip(paths, models):
-        model.name = f"{NAMES[method]} seed {model.settings['seed']}"
-        warn_if_unfinished(path, model)
+        s = model.settings
+        model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"
+        if s.get("epoch", 0) < s.get("epochs", 0):
+            warn(f"{path}: not finished, epoch {s['epoch']} of {s['epochs']}")
+        if s.get("left_out"):
+            warn(f"{path}: not of the backbone and left out: {first_names(s['left_out'])}")
+        if s.get("note"):
+            print(f"{path}: {s['note']}")
+    seeds = [(model.settings["method"], model.settings["seed"]) for model in models]
+    if not files and (len(set(seeds)) < len(seeds) or {name for name, _ in seeds} != {method}):
+        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks "
+                        "of different seeds; move the others away")
     return models
 
 
-def warn_if_unfinished(path, model):
-    """A line on stderr if a checkpoint of ours is not from the end of its training."""
-    if model.settings.get("epoch", 0) < model.settings.get("epochs", 0):
-        warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
+def untrained(model, index, device):
+    """`model` before training, but in the standard initialisation: with a gamma of 0 odd layers are constant.
 
-
-def networks_in_files(args, method, device):
-    """The networks of the files given by --simclr or --supervised, in their order."""
-    paths = [Path(name) for name in getattr(args, method)]
-    if len({p.resolve() for p in paths}) < len(paths):
-        raise UserError(f"--{method}: each file once")
-    models = []
-    for path in paths:
-        model = load_any_model(path, method, device, args.image_size, args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
-        model.name = without_ending(path)
-        warn_if_unfinished(path, model)
-        if model.settings.get("left_out"):
-            warn(f"{path}: not of the backbone and left out: {some_of(model.settings['left_out'])}")
-        models.append(model)
-    return models
-
-
-def without_ending(path):
-    """The name of a checkpoint file without .pt, .pth.tar and the like."""
-    return re.sub(r"(\.(pt|pth|tar|ckpt|bin))+$", "", Path(path).name)
-
-
-def names_of_files(args):
-    """What labels call the methods whose files are given: the files' names without ending and seed."""
-    names = {}
-    for with_folder in (False, True):  # the folder too, if the names alone do not tell the methods apart
-        for method in NAMES:
-            paths = [Path(name) for name in getattr(args, method) or []]
-            short = [re.sub(r"[-_.]?seed[-_]?[0-9]+$", "", without_ending(p)) or p.name for p in paths]
-            short = [f"{p.resolve().parent.name} {name}" if with_folder else name for p, name in zip(paths, short)]
-            if short:
-                names[method] = some_of(list(dict.fromkeys(short)), 2)
-        if len(set(names.values())) == len(names):
-            break
-    return names
-
-
-def untrained(model, place, device):
-    """`model` as before training, but in the standard initialisation: with a gamma of 0 odd layers would be constant.
-
-    Its weights follow from its seed, or from its `place` among the files if it has none.
+    Its weights follow from its seed, or from its `index` among the files if it has none.
     """
     s = model.settings
-    seed = place if s["seed"] is None else s["seed"]
+    seed = index if s["seed"] is None else s["seed"]
     fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
     if not isinstance(model.fc, ProjectionHead):
         fresh.fc = nn.Identity()
@@ -1965,51 +1988,51 @@ def untrained(model, place, device):
     return fresh.to(device, memory_format=torch.channels_last).eval()
 
 
-def figure_folder(args):
-    """The folder of a figure's files."""
-    name = "-".join(names_of_files(args).values()).replace(" ", "_") or Path(args.checkpoints).resolve().name or "figures"
-    return Path(args.out or Path("figures") / (name + ("-untrained" if args.untrained else "")))
+def figure_data(args, settings, device):
+    """(Data, its path, whether it is other data than the networks' training had).
 
+    Other data would judge the claims on images that nobody chose: refused, unless --data asks for it.
+    """
+    trained = [s for s in settings if s["data"]]
+    path = str(Path(args.data or next((s["data"] for s in trained), "data")).expanduser())
+    data = load_data(path, device, download=args.download)
+    here = dict(zip(("mean", "std"), channel_statistics(data.train_images))) | {"classes": data.classes}
 
-def layers_of(models):
-    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
-    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
+    def in_words(s):
+        return (f"{len(s['classes'])} classes ({first_names(s['classes'], 3)}), "
+                f"mean {np.round(s['mean'], 3)}, deviation {np.round(s['std'], 3)}")
 
-
-def warn(text):
-    """One line on stderr."""
-    print("warning: " + text, file=sys.stderr)
+    for s in trained:
+        if s["classes"] != here["classes"] or any(abs(np.subtract(s[key], here[key])).max() > 1e-3
+                                                  for key in ("mean", "std")):
+            text = f"trained on {s['data']}: {in_words(s)}; in {path}: {in_words(here)}"
+            if not args.data:
+                raise UserError(f"other images than the training's; {text}; give the right folder with --data, "
+                                f"or --data {path} if you want these")
+            warn(f"other images than the training's, and the title says so; {text}")
+            return data, path, True
+    return data, path, False
 
 
 def prepare(model, images, params=None):
-    """uint8 images as the network sees them: under its test pipeline, or augmented as in its training by `params`."""
+    """uint8 images as the network sees them: under its test pipeline, or augmented by `params` as in training."""
     s = model.settings
-    if s["method"] == "simclr":
+    standard = s["image_size"], s["mean"], s["std"]
+    if s["method"] == "supervised":
+        x = imagenet_test(images, *standard) if params is None else imagenet_augment(images, *standard, params=params)
+    else:
         x = (simclr_test(images, s["image_size"]) if params is None else
              simclr_augment(images, s["image_size"], s["strength"], s["blur"], params=params))
         x = _standardise(x, s["mean"], s["std"]) if s.get("standardise") else x  # ours see [0, 1]
-    else:
-        standard = s["image_size"], s["mean"], s["std"]
-        x = imagenet_test(images, *standard) if params is None else imagenet_augment(images, *standard, params=params)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def copy_params(model, images, view):
-    """Training augmentation parameters for copy `view` (0 or 1) of a test set; the same for every network of a method."""
-    generator = generator_for(images.device, "augmented copy", view)
-    shape = len(images), *images.shape[2:], images.device, generator
-    if model.settings["method"] == "simclr":
-        return simclr_params(*shape, strength=model.settings["strength"])
-    return imagenet_params(*shape)
+def network_source(model, images, layers=slice(0, 32), params=None):
+    """A source for `gram_statistics`: the representations of images, or of their copy augmented by `params`.
 
-
-def network_source(model, images, view=None, layers=slice(None)):
-    """A source for `gram_statistics`: the representations of images, or of their augmented copy `view`.
-
-    `layers`, a slice or indices in rising order, picks among the network's 32 or (with a head) 35 representations.
+    `layers`, a slice or indices in rising order, picks among the network's 32 or (with a head) 35.
     """
     wanted = set(range(35)[layers] if isinstance(layers, slice) else layers)
-    params = None if view is None else copy_params(model, images, view)
 
     def source(start, stop):
         rows = slice(start, stop)
@@ -2021,32 +2044,9 @@ def network_source(model, images, view=None, layers=slice(None)):
     return source
 
 
-def measure(study, sources, names):
-    """(CKA (2, L, L), dominance (L,)) as numpy arrays; says which layers rest on few images.
-
-    The first CKA is the one that the flags ask for, the second that of the other estimator, biased or debiased.
-
-    `names`: one per layer of all sources, for the warnings.
-    """
-    args = study.args
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"):
-            try:
-                found = gram_statistics(sources, len(study.images), precision=args.precision, batch=args.batch_size,
-                                        memory=int(args.memory * 1e9) if args.memory else None)
-            except ValueError as error:
-                raise UserError(f"{error} (sources: {', '.join(dict.fromkeys(n.rsplit(' ', 1)[0] for n in names))})") from None
-    for layer in found.constant:
-        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
-    for other in caught:
-        if "is constant" not in str(other.message):
-            warn(str(other.message))
-    dominance = found.dominance.numpy()
-    for layer in np.flatnonzero(dominance > 0.5):
-        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K); its CKA rests on them")
-    both = torch.stack([found.cka, found.debiased_cka]).numpy()
-    return both[::-1] if args.debiased else both, dominance
+def layers_of(models):
+    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
+    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
 
 
 def layer_names(models, layers, note=""):
@@ -2054,121 +2054,184 @@ def layer_names(models, layers, note=""):
     return [f"{m.name}{note} {layer}" for m in models for layer in layers]
 
 
-def finding(identity, claim, *numbers):
-    """One claim of the paper, judged: a dict for `report`.
+def measure(study, sources, names):
+    """({ending: CKA}, dominance (L,)) as numpy arrays; says which layers are constant or rest on few images.
 
-    numbers: (label, values over pairs or networks, sign, threshold): the claim needs sign * values > sign * threshold.
-    It holds if that is true of the mean by more than the spread (with fewer than three values: of each), does not hold
-    if the opposite is, else is undecided; of several numbers the least favourable decides. Sign 0: only reported.
+    CKA is (L, L) under the endings "" and "_debiased", (10, L, L) under "_left_out" and "_debiased_left_out".
+    `names`: one per layer of all sources, for the warnings. UserError for features that are not finite.
     """
-    verdicts = []
-    for _, values, sign, threshold in numbers:
-        if sign == 0:
-            continue
-        margin = sign * (np.asarray(values, float) - threshold)
-        few = margin.size < 3
-        low, high = (margin.min(), margin.max()) if few else (margin.mean() - margin.std(), margin.mean() + margin.std())
-        verdicts.append("holds" if low > 0 else "does not hold" if high < 0 else "undecided")
-    verdict = next(v for v in ("does not hold", "undecided", "holds") if v in verdicts)
-    return {"id": identity, "claim": claim, "verdict": verdict,
-            "numbers": [(label, np.atleast_1d(np.asarray(values, float))) for label, values, _, _ in numbers]}
+    args = study.args
+    options = {"precision": args.precision, "memory": int(args.memory * 1e9) if args.memory else None}
+    advice = f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"
+    with warnings.catch_warnings(record=True) as caught, out_of_memory_advice(advice):
+        warnings.simplefilter("always")
+        try:
+            found = gram_statistics(sources, len(study.images), batch=args.batch_size, **options)
+        except ValueError as error:
+            asked = dict.fromkeys(name.rsplit(" ", 1)[0] for name in names)
+            raise UserError(f"{error} (sources: {', '.join(asked)})") from None
+    for layer in found.constant:
+        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
+    for warning in caught:
+        if "is constant" not in str(warning.message):
+            warn(str(warning.message))
+    dominance = found.dominance.numpy()
+    for layer in np.flatnonzero(dominance > 0.5):
+        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K), so of its CKA")
+    cka = {"": found.cka, "_debiased": found.debiased_cka,
+           "_left_out": found.left_out.float(), "_debiased_left_out": found.debiased_left_out.float()}
+    return {ending: values.numpy() for ending, values in cka.items()}, dominance
 
 
-def rank_correlation(values):
-    """Spearman's correlation of values (..., n), along the last dimension, with 1 to n; ties share their mean rank."""
-    values = np.asarray(values, float)
-    below = values[..., :, None] > values[..., None, :]
-    ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
-    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
-    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
-        found = (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
-    return np.where(np.isnan(values).any(-1), np.nan, found)
+class Quantity(NamedTuple):
+    """A number behind a claim, one value per pair or network; the claim needs it within the bounds."""
+
+    label: str
+    values: np.ndarray
+    above: float = -math.inf
+    below: float = math.inf  # without bounds it is only reported
+    error: float = math.nan  # standard error over images of the values' mean; NaN: not known
+
+    def __str__(self):
+        error = "" if math.isnan(self.error) else f" [{self.error:.2g}]"
+        return f"{self.label} {self.values.mean():.3f} +- {self.values.std():.3f}{error}"
 
 
-def report(study, name, plot, arrays, findings, others):
-    """Prints the findings, one line each, and writes <out>/<name>.npz (arrays, findings, settings) and .png, `plot(arrays)`.
+class Claim(NamedTuple):
+    """A claim of the paper and the quantities that decide it."""
 
-    `others`: the same findings by the other estimator; their means and every verdict that changes are one more line.
+    id: str
+    text: str
+    quantities: list
+
+    def verdict(self):
+        """ "holds", "does not hold" or "undecided"; of several quantities the least favourable decides.
+
+        A quantity holds if its mean is within the bounds by more than the spread; with fewer than three values,
+        if each is within, and the mean by more than two standard errors over images, where they are known.
+        """
+        signs = []
+        for _, values, above, below, error in self.quantities:
+            margin = np.minimum(values - above, below - values)
+            if np.isinf(margin).all():
+                continue
+            least, most, doubt = margin.mean(), margin.mean(), margin.std()
+            if margin.size < 3:
+                least, most, doubt = margin.min(), margin.max(), 2 * np.nan_to_num(error)
+            low, high = min(least, margin.mean() - doubt), max(most, margin.mean() + doubt)
+            signs.append(1 if low > 0 else -1 if high < 0 else 0)  # NaN: 0
+        return {1: "holds", 0: "undecided", -1: "does not hold"}[min(signs)]
+
+
+def one_estimator(arrays, debiased=False, tenth=None):
+    """`arrays` with one estimator's values under the plain keys; with a `tenth` (0 to 9), those measured without it.
+
+    What was not measured without that tenth (probes, older files) is NaN then.
     """
-    lines = [] if study.names.items() <= NAMES.items() else ["in the claims, " + " and ".join(
-        f"{NAMES[method]} is {called}" for method, called in study.names.items())]
-    rest = []
-    for f, other in zip(findings, others):
-        numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in dict(f["numbers"]).items())
-        count = f["numbers"][0][1].size
-        lines.append(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
-        means = " ".join(f"{v.mean():.3f}" for v in dict(other["numbers"]).values())
-        rest.append(f"{f['id']} {means}" + ("" if f["verdict"] == other["verdict"] else f" {other['verdict'].upper()}"))
-    lines.append(f"by {'biased' if study.args.debiased else 'debiased'} CKA: {', '.join(rest)}")
-    print("\n".join(lines))
+    ending, chosen = "_debiased" if debiased else "", arrays | {"debiased": np.array(debiased)}
+    for key, values in arrays.items():
+        chosen[key] = arrays.get(key + ending, values)
+        if tenth is not None and values.dtype.kind == "f":
+            left_out = arrays.get(f"{key}{ending}_left_out")
+            chosen[key] = np.full(values.shape, math.nan) if left_out is None else left_out[tenth]
+    return chosen
+
+
+def judge(claims, arrays, debiased=False):
+    """`claims(arrays)` by one estimator: a list of `Claim`, with the standard errors over images filled in."""
+    found = claims(one_estimator(arrays, debiased))
+    tenths = [claims(one_estimator(arrays, debiased, tenth)) for tenth in range(10)]
+    for i, claim in enumerate(found):
+        for j, quantity in enumerate(claim.quantities):
+            means = np.array([some[i].quantities[j].values.mean() for some in tenths])
+            claim.quantities[j] = quantity._replace(error=jackknife(torch.from_numpy(means)).item())
+    return found
+
+
+def save_arrays(study, name, arrays):
+    """Writes <out>/<name>.npz, `arrays` and what the figure is made from; returns all of it."""
     settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
-    for kind, some in (("finding", findings), ("other", others)):
-        arrays = arrays | {f"{kind}_{f['id']}_{i}": v for f in some for i, (_, v) in enumerate(f["numbers"])}
-    arrays |= {"other_verdicts": np.array([f["verdict"] for f in others])}
-    arrays |= {f"name_{method}": np.array(called) for method, called in study.names.items()}
-    arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
-               "findings": np.array(lines), "samples": np.array(len(study.images)),
-               "debiased": np.array(study.args.debiased), "data": np.array(study.args.data),
-               "kind": np.array(kind_of(study.args)), "settings": np.array(json.dumps(settings))}
+    described = {f"label_{method}": side_label(study.args, method) for method in settings}
+    described |= {"samples": len(study.images), "data": study.data_path, "other_images": study.other_images,
+                  "untrained": study.args.untrained, "settings": json.dumps(settings)}
+    arrays = arrays | {key: np.array(value) for key, value in described.items()}
     write_atomically(study.out / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
-    draw(study.out / f"{name}.png", plot, arrays)
-    print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "
-          f"{'debiased' if study.args.debiased else 'biased'} CKA)")
+    print(f"wrote {study.out / name}.npz")
+    return arrays
 
 
-def kind_of(args):
-    """What titles say of the networks: "untrained " or nothing."""
-    return "untrained " if args.untrained else ""
+def report(args, name, arrays, claims, plot):
+    """Prints `claims(arrays)` by both estimators and writes the figure `plot(arrays)`, <out>/<name>.png.
+
+    Verdicts are for checkpoints of this study; networks of others get the same numbers under their labels.
+    """
+    settings = json.loads(str(arrays["settings"]))
+    networks = [(method, s) for method, side in settings.items() for s in side]
+    ours = all("preset" in s and s["method"] == method for method, s in networks)
+    labels = {method: str(arrays[f"label_{method}"]) for method in settings}
+    shown, rest = ("debiased", "biased") if args.debiased else ("biased", "debiased")
+    print(f"{shown} CKA: mean +- spread over n pairs or networks [standard error over images, where known]")
+    if ours and not labels.items() <= NAMES.items():
+        print("in the claims, " + " and ".join(f"{NAMES[m]} is {label}" for m, label in labels.items()))
+    means = []
+    for claim, same in zip(judge(claims, arrays, args.debiased), judge(claims, arrays, not args.debiased)):
+        numbers = f"{', '.join(map(str, claim.quantities))} (n = {claim.quantities[0].values.size})"
+        means.append(" ".join([claim.id, *(f"{quantity.values.mean():.3f}" for quantity in same.quantities)]))
+        if ours:
+            print(f"{claim.id} {claim.text} | {numbers} | {claim.verdict()}")
+            means[-1] += "" if same.verdict() == claim.verdict() else f" {same.verdict().upper()}"
+        else:
+            print(claim.id, re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], numbers))
+    print(f"{rest} CKA: {', '.join(means)}")
+    if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
+        print("networks of the demo or synthetic images: the verdicts mean nothing")
+    warn_of_few_images(args, arrays)
+    path = figure_folder(args) / f"{name}.png"
+    with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
+        figure = plot(one_estimator(arrays, args.debiased))
+        write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
+    plt.close(figure)
+    print(f"drew {path} ({arrays['samples']} test images, {shown} CKA)")
 
 
-def replot(args, name, plot):
-    """Writes <out>/<name>.png again from the .npz beside it and prints the findings in it; no network is needed."""
+def warn_of_few_images(args, arrays):
+    """A line on stderr where biased CKA says little: of few images it nears 1 whatever the features."""
+    key = next(key for key in ("pairs", "invariance_simclr", "networks_simclr") if key in arrays)
+    if arrays["samples"] < 500 and not args.debiased:
+        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
+        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here {biased:.2f} on "
+             f"average, debiased {debiased:.2f}; give --debiased, or more images")
+
+
+def replot(args, name, claims, plot):
+    """`report` of the .npz in --out; no network is needed."""
     path = figure_folder(args) / f"{name}.npz"
-    if args.debiased or args.samples:
-        raise UserError("--replot draws what the .npz holds; leave out --debiased and --samples")
+    if args.samples:
+        raise UserError("--replot draws what the .npz holds; leave out --samples")
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        print("\n".join(arrays["findings"]))
-        draw(path.with_suffix(".png"), plot, arrays)
+        report(args, name, arrays, claims, plot)
     except FileNotFoundError:
         raise UserError(f"--replot: no {path}; give the folder of {name}.npz with --out") from None
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
         reason = f"{type(error).__name__} {error}"[:120]
-        raise UserError(f"--replot: {path} is damaged or not written by this script ({reason}); draw it anew") from None
-    print(f"drew {path.with_suffix('.png')} again ({arrays['samples']} test images)")
+        raise UserError(f"--replot: {path} is damaged or of another version ({reason}); draw anew") from None
 
 
-def draw(path, plot, arrays):
-    """Writes the figure `plot(arrays)` to `path`, a .png."""
-    figure = plot(arrays)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
-    plt.close(figure)
-
-
-def write_atomically(path, write):
-    """`write(file)` into a temporary file that is then renamed to `path`; UserError if it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def new_figure(panels, widths=None):
-    """A figure and its row of `panels` axes, of the size all figures share."""
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.6), layout="constrained", width_ratios=widths)
+def new_figure(arrays, title, panels, widths=None):
+    """A figure and its row of `panels` axes, of the size all figures share; the title names other images."""
+    size = 4.6 * panels, 4.6
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", width_ratios=widths)
+    images = f"; images of {Path(str(arrays['data'])).name}" if arrays["other_images"] else ""
+    figure.suptitle(title + images)
     return figure, axes
 
 
 def mark_block_groups(ax, per_block=1, head=0, both=False):
-    """Ticks and thin lines for BG1 to BG4 (and the head): `per_block` layers per bottleneck, on x, or on both axes."""
+    """Ticks and lines for BG1 to BG4 (and the head), `per_block` layers per bottleneck; on x, or on both axes."""
     counts = [per_block * b for b in BLOCK_GROUPS] + ([head] if head else [])
     ends = np.cumsum(counts)
     centres, labels = ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(counts)]
@@ -2183,25 +2246,44 @@ def mark_block_groups(ax, per_block=1, head=0, both=False):
 
 
 def cka_heatmap(ax, matrix, title, xlabel, ylabel, per_block=1, head=0):
-    """A CKA matrix with the first layer at the lower left, colours from 0 to 1, block groups marked; the image."""
+    """A CKA matrix, first layer at the lower left, colours from 0 to 1, block groups marked; returns the image."""
     image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     mark_block_groups(ax, per_block, head, both=True)
     return image
 
 
+def add_colorbar(figure, image, axes, debiased):
+    """One bar for all heatmaps of a figure."""
+    label = "debiased linear CKA" if debiased else "linear CKA"
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
+
+
 def depth_lines(ax, values, color, label, marker="o"):
-    """Mean over networks or pairs of values (S, layers) against depth, with a band of one standard deviation."""
+    """Mean over networks or pairs of values (S, layers) against depth, in a band of one standard deviation."""
     mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
     ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
     ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
 
 
-def add_colorbar(figure, image, axes, debiased):
-    """One bar for all heatmaps of a figure."""
-    figure.colorbar(image, ax=axes, label="debiased linear CKA" if debiased else "linear CKA", shrink=0.8, pad=0.01)
-
-
 def plural(count, noun):
     """ "1 pair", "3 pairs"."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def warn(text):
+    """One line on stderr."""
+    print("warning: " + text, file=sys.stderr)
+
+
+def write_atomically(path, write):
+    """`write(file)` into a temporary file, then renamed to `path`; UserError if it cannot be written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
