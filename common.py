@@ -1815,7 +1815,7 @@ class _Progress:
 # ============================================================================================================
 # 11. Figures
 # ============================================================================================================
-# What the four figure scripts share, in the order of use: command line, networks and images, sources, measuring,
+# What the four figure scripts share, in the order of use: command line, networks and images, measuring,
 # claims and their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2),
 # `<key>_debiased` the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
 
@@ -1825,11 +1825,12 @@ HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
 NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
-FOREIGN_FLAGS = {  # what a state dict does not say about itself
-    "image-size": {"type": number(int, low=8), "help": "pixels (default: 224, or 32 with a 3x3 stem)"},
-    "mean": {"type": number(float, low=0), "nargs": 3, "help": "of the channels (default: ImageNet's)"},
-    "std": {"type": number(float, above=0), "nargs": 3, "help": "of the channels (default: ImageNet's)"},
-    "prefix": {"help": "what stands before conv1.weight in a file with several networks"},
+PAPER = "checkpoints/paper"  # where the training scripts put the networks of the full study
+FOREIGN_FLAGS = {  # what a state dict does not say about itself; for both sides, or behind --simclr- for one
+    "image-size": {"type": number(int, low=8), "metavar": "N", "help": "pixels (default: 224; 3x3 stem: 32)"},
+    "mean": {"type": number(float, low=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
+    "std": {"type": number(float, above=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
+    "prefix": {"metavar": "TEXT", "help": "before conv1.weight, where a file holds several networks"},
     "stem-padding": {"type": int, "choices": (1, 2), "help": "of a 3x3 stem (default: 1)"}}
 
 
@@ -1838,14 +1839,16 @@ def figure_parser(doc):
     parser = Parser(doc)
     parser.usage = "%(prog)s [flags]"
     add = parser.add_argument_group("networks").add_argument
-    add("--checkpoints", help="folder of *_seed*.pt files (default: checkpoints/paper, if no files)")
+    add("--checkpoints", type=os.path.expanduser, help="folder of "
+        f"*_seed*.pt files (default: {PAPER}, if no files)")
     for method, name in NAMES.items():
-        add(f"--{method}", nargs="+", metavar="FILE", help="networks in place of the folder's: "
-            "checkpoints of this study, or state dicts of any torchvision ResNet-50")
+        add(f"--{method}", nargs="+", metavar="FILE", type=os.path.expanduser,
+            help="in place of the folder's: checkpoints of this study, or state dicts of a ResNet-50")
         add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
     add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
     add = parser.add_argument_group("images and measuring").add_argument
-    add("--data", help="as in training (default: what the networks were trained on; for state dicts: data)")
+    add("--data", type=os.path.expanduser,
+        help="as in training (default: what the networks were trained on; for state dicts: data)")
     add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
@@ -1854,14 +1857,15 @@ def figure_parser(doc):
         help="of the Gram matrices' products (default: the fastest whose CKA error is below 1e-4)")
     add("--memory", type=number(float, above=0), help="GB for CKA (default: 80 %% of what is free)")
     add = parser.add_argument_group("what is written").add_argument
-    add("--out", help="folder for .png and .npz (default: figures/<name of the checkpoints or files>)")
+    add("--out", type=os.path.expanduser,
+        help="folder for .png and .npz (default: figures/<name of the checkpoint folder or files>)")
     add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
     add("--replot", action="store_true", help="judge and draw again from the .npz in --out, without networks")
-    for side in ("", *NAMES):
-        whose = f"--{side} alone" if side else "both sides"
-        add = parser.add_argument_group(f"state dicts of {whose}").add_argument
-        for flag, options in FOREIGN_FLAGS.items():
-            add(f"--{side}-{flag}" if side else f"--{flag}", **options)
+    group = parser.add_argument_group("state dicts, which do not say how they want their images")
+    for flag, options in FOREIGN_FLAGS.items():
+        group.add_argument(f"--{flag}", **options)
+        for method in NAMES:  # for one side alone
+            group.add_argument(f"--{method}-{flag}", **options | {"help": None})
     return parser
 
 
@@ -1884,26 +1888,20 @@ def side_label(args, method):
     return without_ending(files[0]) + (f" and {len(files) - 1} more" if files[1:] else "")
 
 
-def checkpoint_folder(args):
-    """The folder that --checkpoints names."""
-    return Path(args.checkpoints or "checkpoints/paper").expanduser()
-
-
 def figure_folder(args):
     """The folder of a figure's files; a default one has no spaces, commas or the like in its name."""
     if args.out:
-        return Path(args.out).expanduser()
+        return Path(args.out)
     name = "-".join(side_label(args, method) for method in NAMES if getattr(args, method))
-    name = re.sub(r"[^\w.-]+", "_", name or checkpoint_folder(args).resolve().name).strip("._-")[:100]
-    return Path("figures") / ((name or "figures") + ("-untrained" if args.untrained else ""))
+    name = name or Path(args.checkpoints or PAPER).resolve().name
+    name = re.sub(r"[^\w.-]+", "_", name).strip("._-")[:100] or "figures"
+    return Path("figures") / (name + ("-untrained" if args.untrained else ""))
 
 
 class Study(NamedTuple):
     """What a figure is made from: networks per method in the order of their seeds, and the test images."""
 
     args: object
-    device: torch.device
-    out: Path
     networks: dict  # method -> list of models in eval mode, each with its `settings` and `name`
     data: Data
     data_path: str
@@ -1938,17 +1936,17 @@ def open_study(args, methods):
         raise UserError(f"--samples {args.samples}: the test set has {total} images")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     chosen = order[:args.samples or total].sort().values.to(device)
-    return Study(args, device, writable_folder(figure_folder(args)), networks, data, path, other_images,
-                 data.test_images[chosen], data.test_labels[chosen])
+    writable_folder(figure_folder(args))
+    return Study(args, networks, data, path, other_images, data.test_images[chosen], data.test_labels[chosen])
 
 
 def load_networks(args, method, device):
     """The networks of one side: its files in their order, or --checkpoints/<method>_seed*.pt by seed."""
-    files, folder = getattr(args, method), checkpoint_folder(args)
+    files, folder = getattr(args, method), Path(args.checkpoints or PAPER)
     if not files and not args.checkpoints and (args.simclr or args.supervised):
         raise UserError(f"networks for one side only: give --{method} FILE... too, or --checkpoints FOLDER; "
                         "to compare the networks of one side with each other, use fig1_internal.py")
-    paths = [Path(name).expanduser() for name in files or []]
+    paths = [Path(name) for name in files or []]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"--{method}: each file once")
     paths = paths or sorted(folder.glob(f"{method}_seed*.pt"), key=lambda path: (len(path.name), path.name))
@@ -1994,32 +1992,31 @@ def figure_data(args, settings, device):
     Other data would judge the claims on images that nobody chose: refused, unless --data asks for it.
     """
     trained = [s for s in settings if s["data"]]
-    path = str(Path(args.data or next((s["data"] for s in trained), "data")).expanduser())
+    path = args.data or next((s["data"] for s in trained), "data")
     data = load_data(path, device, download=args.download)
-    here = dict(zip(("mean", "std"), channel_statistics(data.train_images))) | {"classes": data.classes}
-
-    def in_words(s):
-        return (f"{len(s['classes'])} classes ({first_names(s['classes'], 3)}), "
-                f"mean {np.round(s['mean'], 3)}, deviation {np.round(s['std'], 3)}")
-
+    classes, statistics = data.classes, np.array(channel_statistics(data.train_images))
     for s in trained:
-        if s["classes"] != here["classes"] or any(abs(np.subtract(s[key], here[key])).max() > 1e-3
-                                                  for key in ("mean", "std")):
-            text = f"trained on {s['data']}: {in_words(s)}; in {path}: {in_words(here)}"
-            if not args.data:
-                raise UserError(f"other images than the training's; {text}; give the right folder with --data, "
-                                f"or --data {path} if you want these")
-            warn(f"other images than the training's, and the title says so; {text}")
-            return data, path, True
+        theirs = np.array([s["mean"], s["std"]])
+        if s["classes"] == classes and abs(theirs - statistics).max() < 1e-3:
+            continue
+        text = "; ".join(f"{where}: {len(names)} classes ({first_names(names, 3)}), mean and deviation of "
+                         f"the channels {numbers.round(3).tolist()}" for where, names, numbers in (
+                             (f"trained on {s['data']}", s["classes"], theirs), (path, classes, statistics)))
+        if not args.data:
+            raise UserError(f"other images than the training's. {text}. Give the right folder with --data, "
+                            f"or --data {path} if you mean these")
+        warn(f"other images than the training's, and the title says so. {text}")
+        return data, path, True
     return data, path, False
 
 
 def prepare(model, images, params=None):
-    """uint8 images as the network sees them: under its test pipeline, or augmented by `params` as in training."""
+    """uint8 images as the network sees them: through its test pipeline, or augmented by `params`."""
     s = model.settings
     standard = s["image_size"], s["mean"], s["std"]
     if s["method"] == "supervised":
-        x = imagenet_test(images, *standard) if params is None else imagenet_augment(images, *standard, params=params)
+        x = (imagenet_test(images, *standard) if params is None else
+             imagenet_augment(images, *standard, params=params))
     else:
         x = (simclr_test(images, s["image_size"]) if params is None else
              simclr_augment(images, s["image_size"], s["strength"], s["blur"], params=params))
@@ -2027,26 +2024,20 @@ def prepare(model, images, params=None):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def network_source(model, images, layers=slice(0, 32), params=None):
+def network_source(model, images, layers=range(32), params=None):
     """A source for `gram_statistics`: the representations of images, or of their copy augmented by `params`.
 
-    `layers`, a slice or indices in rising order, picks among the network's 32 or (with a head) 35.
+    `layers`, in rising order, are indices among the network's 32 or (with a head) 35.
     """
-    wanted = set(range(35)[layers] if isinstance(layers, slice) else layers)
 
     def source(start, stop):
         rows = slice(start, stop)
         inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
         for i, (_, x) in enumerate(stream_representations(model, inputs, any_order=True)):
-            if i in wanted:
+            if i in layers:
                 yield x
 
     return source
-
-
-def layers_of(models):
-    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
-    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
 
 
 def layer_names(models, layers, note=""):
@@ -2107,8 +2098,8 @@ class Claim(NamedTuple):
     def verdict(self):
         """ "holds", "does not hold" or "undecided"; of several quantities the least favourable decides.
 
-        A quantity holds if its mean is within the bounds by more than the spread; with fewer than three values,
-        if each is within, and the mean by more than two standard errors over images, where they are known.
+        A quantity holds if its mean is within the bounds by more than the spread; with fewer than three
+        values, if each is within, and the mean by more than two standard errors over images, where known.
         """
         signs = []
         for _, values, above, below, error in self.quantities:
@@ -2124,9 +2115,9 @@ class Claim(NamedTuple):
 
 
 def one_estimator(arrays, debiased=False, tenth=None):
-    """`arrays` with one estimator's values under the plain keys; with a `tenth` (0 to 9), those measured without it.
+    """`arrays` with one estimator's values under the plain keys; with a `tenth` (0 to 9), those without it.
 
-    What was not measured without that tenth (probes, older files) is NaN then.
+    What was not measured without that tenth of the images (probes, older files) is NaN then.
     """
     ending, chosen = "_debiased" if debiased else "", arrays | {"debiased": np.array(debiased)}
     for key, values in arrays.items():
@@ -2138,7 +2129,7 @@ def one_estimator(arrays, debiased=False, tenth=None):
 
 
 def judge(claims, arrays, debiased=False):
-    """`claims(arrays)` by one estimator: a list of `Claim`, with the standard errors over images filled in."""
+    """`claims(arrays)` by one estimator: a list of `Claim`, standard errors over images filled in."""
     found = claims(one_estimator(arrays, debiased))
     tenths = [claims(one_estimator(arrays, debiased, tenth)) for tenth in range(10)]
     for i, claim in enumerate(found):
@@ -2155,8 +2146,9 @@ def save_arrays(study, name, arrays):
     described |= {"samples": len(study.images), "data": study.data_path, "other_images": study.other_images,
                   "untrained": study.args.untrained, "settings": json.dumps(settings)}
     arrays = arrays | {key: np.array(value) for key, value in described.items()}
-    write_atomically(study.out / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
-    print(f"wrote {study.out / name}.npz")
+    path = figure_folder(study.args) / f"{name}.npz"
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    print(f"wrote {path}")
     return arrays
 
 
@@ -2185,22 +2177,17 @@ def report(args, name, arrays, claims, plot):
     print(f"{rest} CKA: {', '.join(means)}")
     if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
-    warn_of_few_images(args, arrays)
+    if arrays["samples"] < 500 and not args.debiased:
+        key = next(key for key in ("pairs", "invariance_simclr", "networks_simclr") if key in arrays)
+        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
+        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
+             f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
     path = figure_folder(args) / f"{name}.png"
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
         figure = plot(one_estimator(arrays, args.debiased))
         write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
     plt.close(figure)
     print(f"drew {path} ({arrays['samples']} test images, {shown} CKA)")
-
-
-def warn_of_few_images(args, arrays):
-    """A line on stderr where biased CKA says little: of few images it nears 1 whatever the features."""
-    key = next(key for key in ("pairs", "invariance_simclr", "networks_simclr") if key in arrays)
-    if arrays["samples"] < 500 and not args.debiased:
-        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
-        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here {biased:.2f} on "
-             f"average, debiased {debiased:.2f}; give --debiased, or more images")
 
 
 def replot(args, name, claims, plot):
@@ -2231,7 +2218,7 @@ def new_figure(arrays, title, panels, widths=None):
 
 
 def mark_block_groups(ax, per_block=1, head=0, both=False):
-    """Ticks and lines for BG1 to BG4 (and the head), `per_block` layers per bottleneck; on x, or on both axes."""
+    """Ticks and lines for BG1 to BG4 (and the head), `per_block` layers per bottleneck; on x or both axes."""
     counts = [per_block * b for b in BLOCK_GROUPS] + ([head] if head else [])
     ends = np.cumsum(counts)
     centres, labels = ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(counts)]
@@ -2243,32 +2230,6 @@ def mark_block_groups(ax, per_block=1, head=0, both=False):
         ax.set_yticks(centres, labels)
         for end in ends[:-1]:
             ax.axhline(end - 0.5, color="white", linewidth=0.8)
-
-
-def cka_heatmap(ax, matrix, title, xlabel, ylabel, per_block=1, head=0):
-    """A CKA matrix, first layer at the lower left, colours from 0 to 1, block groups marked; returns the image."""
-    image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    mark_block_groups(ax, per_block, head, both=True)
-    return image
-
-
-def add_colorbar(figure, image, axes, debiased):
-    """One bar for all heatmaps of a figure."""
-    label = "debiased linear CKA" if debiased else "linear CKA"
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
-
-
-def depth_lines(ax, values, color, label, marker="o"):
-    """Mean over networks or pairs of values (S, layers) against depth, in a band of one standard deviation."""
-    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
-    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
-    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
-
-
-def plural(count, noun):
-    """ "1 pair", "3 pairs"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def warn(text):

@@ -1,33 +1,34 @@
-"""Figure 1: CKA between the layers of SimCLR networks of different initialisation; Figure 4: the same for supervision.
+"""Figure 1: CKA between the layers of SimCLR networks of different seeds; Figure 4: the same for supervision.
 
     python fig1_internal.py --checkpoints checkpoints/paper
     python fig1_internal.py --checkpoints checkpoints/paper --method supervised     # Figure 4, App. B
 
-Panels: all 32 layers, the 16 odd (residual), the 16 even (post-residual); mean over all pairs of seeds. Look for:
-even layers similar along a broad diagonal, odd ones to little but themselves, blocks within block groups. Writes
-fig1.* or fig4.*: `cka` (32, 32), `pairs` (P, 32, 32), `layers`, `dominance` (S, 32), `networks`; `<key>_debiased` by
-debiased CKA, `pairs_left_out` (10, P, 32, 32) without each tenth of the images. Judges claims 1a-1c or 4a-4c.
+Panels: all 32 layers, the 16 odd (residual), the 16 even (post-residual); mean over all pairs of seeds.
+Look for: even layers similar along a broad diagonal, odd ones to little but themselves, blocks within block
+groups. Writes fig1.* or fig4.*: `cka` (32, 32), `pairs` (P, 32, 32), `layers`, `dominance` (S, 32),
+`networks`; `<key>_debiased` by debiased CKA, `pairs*_left_out` (10, P, 32, 32) without each tenth of the
+images. Judges claims 1a-1c or 4a-4c.
 """
 
 import functools
 
 import numpy as np
 
-from common import (EVEN, GROUP, LAYERS, NAMES, ODD, Claim, Quantity, UserError, add_colorbar, cka_heatmap,
-                    figure_parser, layer_names, measure, network_source, new_figure, open_study, plural, replot,
-                    report, save_arrays, user_errors)
+from common import (EVEN, GROUP, LAYERS, NAMES, ODD, Claim, Quantity, UserError, figure_parser, layer_names,
+                    mark_block_groups, measure, network_source, new_figure, open_study, replot, report,
+                    save_arrays, user_errors)
 
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
 SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32)
 
 
 def network_blocks(cka, count):
-    """CKA (..., S 32, S 32) of S networks as (..., S, S, 32, 32): rows of the first network, columns of the second."""
+    """CKA (..., S 32, S 32) of S networks as (..., S, S, 32, 32): [i, j] has rows of i, columns of j."""
     return cka.reshape(*cka.shape[:-2], count, 32, count, 32).swapaxes(-3, -2)
 
 
 def seed_pairs(blocks):
-    """(..., P, 32, 32): the `network_blocks` of all pairs of different networks; a single one's with itself."""
+    """(..., P, 32, 32): the `network_blocks` of all pairs of networks; of a single one, with itself."""
     count = blocks.shape[-3]
     first, second = np.triu_indices(count, 1) if count > 1 else ([0], [0])
     return blocks[..., first, second, :, :]
@@ -74,6 +75,25 @@ def claims(method, arrays):
               [Quantity("block groups, within - across", within - across_groups(pairs), above=0)])]
 
 
+def cka_heatmap(ax, matrix, title, xlabel, ylabel, per_block=1, head=0):
+    """A CKA matrix, first layer at the lower left, colours from 0 to 1, block groups marked; the image."""
+    image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    mark_block_groups(ax, per_block, head, both=True)
+    return image
+
+
+def add_colorbar(figure, image, axes, debiased):
+    """One bar for all heatmaps of a figure."""
+    label = "debiased linear CKA" if debiased else "linear CKA"
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
+
+
+def plural(count, noun):
+    """ "1 pair", "3 pairs"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def plot(method, arrays):
     """The three panels, from what the .npz holds."""
     pairs, networks, label = arrays["pairs"], arrays["networks"], arrays[f"label_{method}"]
@@ -83,7 +103,8 @@ def plot(method, arrays):
     mean = pairs.mean(0)
     for ax, matrix, layers, per_block in zip(axes, (mean, mean[ODD, ODD], mean[EVEN, EVEN]),
                                              ("all", "odd", "even"), (2, 1, 1)):
-        image = cka_heatmap(ax, matrix, f"{label}, {layers} layers", f"{label} layer", f"{label} layer", per_block)
+        axis = f"{label} layer"
+        image = cka_heatmap(ax, matrix, f"{label}, {layers} layers", axis, axis, per_block)
     add_colorbar(figure, image, axes, arrays["debiased"])
     return figure
 
@@ -96,8 +117,8 @@ def main():
     method = args.method or ("supervised" if args.supervised and not args.simclr else "simclr")
     other_method = "supervised" if method == "simclr" else "simclr"
     if getattr(args, other_method):
-        raise UserError(f"--{other_method}: this figure is of {NAMES[method]} networks only; leave it out, or give "
-                        f"--method {other_method}")
+        raise UserError(f"--{other_method}: this figure is of {NAMES[method]} networks only; leave it out, "
+                        f"or give --method {other_method}")
     name = f"fig{NUMBERS[method]}"
     judge_and_draw = functools.partial(claims, method), functools.partial(plot, method)
     if args.replot:

@@ -2,21 +2,21 @@
 
     python fig2_cross.py --checkpoints checkpoints/paper
 
-Left, middle: odd and even layers, rows SimCLR, columns supervised; a white dot on the supervised layer most similar
-to each SimCLR even layer. Right: that similarity (max) and the one to the corresponding layer (diag). Means over all
-pairs of a SimCLR and a supervised network. Look for: a bright even diagonal over dark odd layers, dots left of the
-diagonal where a block group begins, and the fall in BG4. Writes fig2.*: `odd`, `even` (16, 16), `diag`, `max`,
-`argmax` (16,), `pairs` (P, 32, 32), `layers`, `dominance_simclr`, `dominance_supervised` (S, 32), and for claim 4d
-`pairs_simclr`, `pairs_supervised` between seeds of one method; `<key>_debiased` by debiased CKA,
-`pairs*_left_out` (10, P, 32, 32) without each tenth of the images. Judges claims 2a-2f and 4d.
+Left, middle: odd and even layers, rows SimCLR, columns supervised; a white dot on the supervised layer most
+similar to each SimCLR even layer. Right: that similarity (max) and the one to the corresponding layer
+(diag). Means over all pairs of a SimCLR and a supervised network. Look for: a bright even diagonal over
+dark odd layers, dots left of the diagonal where a block group begins, and the fall in BG4. Writes fig2.*:
+`odd`, `even` (16, 16), `diag`, `max`, `argmax` (16,), `pairs` (P, 32, 32), `layers`, `dominance_*` (S, 32),
+and for claim 4d `pairs_simclr`, `pairs_supervised` between seeds of one method; `<key>_debiased` by
+debiased CKA, `pairs*_left_out` (10, P, 32, 32) without each tenth of the images. Judges claims 2a-2f and
+4d.
 """
 
 import numpy as np
 
-from common import (EVEN, GROUP, LAYERS, ODD, Claim, Quantity, add_colorbar, cka_heatmap, depth_lines,
-                    figure_parser, layer_names, mark_block_groups, measure, network_source, new_figure, open_study,
-                    plural, replot, report, save_arrays, user_errors)
-from fig1_internal import across_groups, network_blocks, seed_pairs
+from common import (EVEN, GROUP, LAYERS, ODD, Claim, Quantity, figure_parser, layer_names, mark_block_groups,
+                    measure, network_source, new_figure, open_study, replot, report, save_arrays, user_errors)
+from fig1_internal import across_groups, add_colorbar, cka_heatmap, network_blocks, plural, seed_pairs
 
 METHODS = ["simclr", "supervised"]  # rows and columns
 
@@ -54,7 +54,7 @@ def most_similar(matrices):
 
 
 def claims(arrays):
-    """Claims 2a-2f and 4d, each quantity per pair of networks. Layers count from 1 in the claims, from 0 here."""
+    """Claims 2a-2f and 4d, each quantity per pair of networks. Claims count layers from 1, indices from 0."""
     pairs = arrays["pairs"]
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     diag_odd, diag_even = (m.diagonal(axis1=1, axis2=2) for m in (odd, even))
@@ -62,7 +62,7 @@ def claims(arrays):
     similar = diag_even[:, GROUP < 4].mean(1) - diag_odd[:, (GROUP == 2) | (GROUP == 3)].mean(1)
     shift = most_similar(even) - np.arange(16)  # from the corresponding layer to the most similar one
     first, last = shift[:, [3, 7, 13]], shift[:, [6, 12, 15]]  # layers of BG2, BG3, BG4
-    stalled = ((first < 0) & (first >= [-3, -4, -6])).sum(1)  # not further back than the whole group just left
+    stalled = ((first < 0) & (first >= [-3, -4, -6])).sum(1)  # into the group just left, no further
     stalled = np.where(np.isnan(first).any(1), np.nan, stalled)
     fall3, fall4 = diag_even[:, 7] - diag_even[:, 12], diag_even[:, 12] - diag_even[:, 15]
     both = min(len(arrays[f"pairs_{method}"]) for method in METHODS)  # pairs of seeds that both methods have
@@ -71,20 +71,28 @@ def claims(arrays):
         Claim("2a", "common primitives: odd layers are similar in BG1",
               [Quantity("odd diagonal, BG1 - BG2-4", early - later, above=0)]),
         Claim("2b", "dissimilar residuals beyond BG1",
-              [Quantity("odd diagonal, ratio BG2-4 / BG1", later / early, below=0.5), Quantity("BG2-4", later)]),
+              [Quantity("odd diagonal, ratio BG2-4 / BG1", later / early, below=0.5),
+               Quantity("BG2-4", later)]),
         Claim("2c", "even layers are similar along the diagonal",
               [Quantity("diagonal, even BG1-3 - odd BG2-3", similar, above=0)]),
-        Claim("2d", "stalling: entering a block group SimCLR stays with the supervised layers of the one just left",
+        Claim("2d", "stalling: entering a block group SimCLR stays with layers of the one just left",
               [Quantity("groups of 3 entered behind", stalled, above=1.5)]),
         Claim("2e", "catching up later in the group",
-              [Quantity(f"most similar layer moves towards the diagonal in BG{g}", (last - first)[:, g - 2], above=0)
-               for g in (2, 3)]),
+              [Quantity("most similar layer towards the diagonal, BG2", (last - first)[:, 0], above=0),
+               Quantity("BG3", (last - first)[:, 1], above=0)]),
         Claim("2f", "rapid divergence in the final block group",
               [Quantity("even diagonal, fall over BG4", fall4, above=0),
                Quantity("more than over BG3 by", fall4 - fall3, above=0)]),
         Claim("4d", "SimCLR disagrees even more across block groups than supervision",
               [Quantity("across block groups, supervised - SimCLR", across["supervised"] - across["simclr"],
                         above=0)])]
+
+
+def depth_lines(ax, values, color, label, marker="o"):
+    """Mean over networks or pairs of values (S, layers) against depth, in a band of one deviation."""
+    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
+    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
+    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
 
 
 def plot(arrays):

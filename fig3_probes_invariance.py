@@ -3,12 +3,12 @@
     python fig3_probes_invariance.py --checkpoints checkpoints/paper
 
 Left: test accuracy of linear probes on the frozen, flattened representations. Middle: CKA of the same layer
-between two copies of the test set, each image augmented as in that method's training. Right: CKA with the one-hot
-class matrix. Even layers and SimCLR's head; mean and spread over seeds. Look for: accuracy rising all the way,
-SimCLR's invariance rising in BG4 and the head, supervision bending towards the classes in BG4. Writes fig3.*:
-`probe_*`, `invariance_*`, `class_cka_*` (S, 19) for simclr and (S, 16) for supervised, `layers_*`, `dominance_*`;
-`<key>_debiased` by debiased CKA, `<key>_left_out` (10, S, ...) without each tenth of the images. Judges claims
-3a-3h.
+between two copies of the test set, each image augmented as in that method's training. Right: CKA with the
+one-hot class matrix. Even layers and SimCLR's head; mean and spread over seeds. Look for: accuracy rising
+all the way, SimCLR's invariance rising in BG4 and the head, supervision bending towards the classes in BG4.
+Writes fig3.*: `probe_*`, `invariance_*`, `class_cka_*` (S, 19) for simclr and (S, 16) for supervised,
+`layers_*`, `dominance_*`; `<key>_debiased` by debiased CKA, `<key>_left_out` (10, S, ...) without each
+tenth of the images. Judges claims 3a-3h.
 """
 
 import numpy as np
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (NAMES, Claim, Quantity, UserError, depth_lines, figure_parser, generator_for, layer_names,
-                    layers_of, mark_block_groups, measure, network_source, new_figure, number, open_study,
+from common import (NAMES, Claim, Quantity, UserError, figure_parser, generator_for, layer_names,
+                    mark_block_groups, measure, network_source, new_figure, number, open_study,
                     out_of_memory_advice, replot, report, save_arrays, user_errors)
-from fig5_aug_heatmaps import copy_params, rank_correlation
+from fig2_cross import depth_lines
+from fig5_aug_heatmaps import copy_params, layers_of, rank_correlation
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
 COLORS = {"simclr": "tab:blue", "supervised": "tab:orange"}
@@ -33,9 +34,9 @@ def shown_layers(models):
 
 
 class Probe(nn.Module):
-    """A linear classifier of p features, each standardised: by the batch in training, by all batches afterwards.
+    """A linear classifier of p features, standardised: by the batch in training, by all batches after it.
 
-    It starts at zero. Division by sqrt(p) gives every layer inputs of norm about 1, so that one rate serves all.
+    It starts at zero. Division by sqrt(p) gives every layer inputs of norm about 1: one rate serves all.
     """
 
     def __init__(self, p, classes):
@@ -54,13 +55,13 @@ class Probe(nn.Module):
         """Logits of x (n, p); without mean and variance (p,), by the batches counted."""
         if mean is None:
             mean, variance = self.sums / self.batches
-        # The weights are scaled and shifted, not the features: these are far larger, and a copy would double them.
+        # Standardising the weights instead of the features, which are far larger, spares a copy of these.
         weight = self.weight / (variance + 1e-5).sqrt() / x.shape[1] ** 0.5
         return F.linear(x, weight, self.bias - weight @ mean)
 
 
 def batch_statistics(pieces):
-    """[(mean, variance)] (p,) of each layer over a batch; pieces: per piece, its size and a generator of layers."""
+    """[(mean, variance)] (p,) per layer over a batch; pieces: size and generator of layers, of each."""
     found, seen = [], 0
     for n, layers in pieces:
         for i, x in enumerate(layers):
@@ -80,8 +81,8 @@ def batch_statistics(pieces):
 def train_probes(study, source, images, widths):
     """A `Probe` per layer, trained on `images` of the training set; source: (images) -> generator of layers.
 
-    Layer by layer the features are computed, used and let go. A batch larger than --batch-size comes in pieces, and
-    twice: first for its statistics, then for the gradient, which is the whole batch's.
+    Layer by layer the features are computed, used and let go. A batch larger than --batch-size comes in
+    pieces, and twice: first for its statistics, then for the gradient, which is the whole batch's.
     """
     args, data, device = study.args, study.data, study.device
     probes = nn.ModuleList(Probe(p, len(data.classes)) for p in widths).to(device)
@@ -111,7 +112,7 @@ def train_probes(study, source, images, widths):
 
 
 def probe_accuracies(study, model, layers):
-    """(layers,) test accuracies of linear probes, all trained together on the features of one frozen network."""
+    """(layers,) test accuracies of linear probes, all trained together on one frozen network."""
     args, data = study.args, study.data
     total = len(data.train_images)
     images = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
@@ -173,17 +174,17 @@ def rises(arrays, key, tolerance):
 
 
 def claims(arrays):
-    """Claims 3a-3h, per network; methods are compared seed by seed. Layers count from 1 here, indices from 0."""
+    """Claims 3a-3h, per network; methods are compared seed by seed. Indices count from 0."""
     simclr, supervised = arrays["invariance_simclr"], arrays["invariance_supervised"]
-    classes, seeds = arrays["class_cka_simclr"], min(len(simclr), len(supervised))
+    seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
     gain = {m: arrays[f"class_cka_{m}"][:seeds, 15] - arrays[f"class_cka_{m}"][:seeds, 12] for m in NAMES}
     ahead = simclr[:seeds, :16] - supervised[:seeds]  # of SimCLR in invariance
     late = simclr[:, 13:].mean(1) - simclr[:, :13].mean(1)
-    has_head = simclr.shape[1] > 16  # networks from other projects come without
+    has_head = head.shape[1] > 0  # networks from other projects come without
     end = [Quantity("invariance at even 16, SimCLR - supervised", ahead[:, 15], above=0)]
     if has_head:
-        end.append(Quantity("at head.3, SimCLR - supervised even 16", simclr[:seeds, 18] - supervised[:seeds, 15],
-                            above=0))
+        at_head = simclr[:seeds, 18] - supervised[:seeds, 15]
+        end.append(Quantity("at head.3, SimCLR - supervised even 16", at_head, above=0))
     found = [
         Claim("3a", "linear separability rises monotonically", rises(arrays, "probe", 0.005)),
         Claim("3b", "SimCLR grows more invariant with depth, most in the last layers",
@@ -201,8 +202,8 @@ def claims(arrays):
                         gain["supervised"] - gain["simclr"], above=0)])]
     if has_head:
         found.append(Claim("3h", "class CKA decreases after the head's first layer",
-                           [Quantity(f"SimCLR class CKA, head.1 - head.{i}", classes[:, 16] - classes[:, 15 + i], above=0)
-                            for i in (2, 3)]))
+                           [Quantity("SimCLR class CKA, head.1 - 2", head[:, 0] - head[:, 1], above=0),
+                            Quantity("head.1 - 3", head[:, 0] - head[:, 2], above=0)]))
     return found
 
 
@@ -232,7 +233,8 @@ def plot(arrays):
 def main():
     parser = figure_parser(__doc__)
     add = parser.add_argument_group("probes").add_argument
-    add("--probe-epochs", type=number(int, low=1), default=10, help="passes over the training images (default: 10)")
+    add("--probe-epochs", type=number(int, low=1), default=10,
+        help="passes over the training images (default: 10)")
     add("--probe-images", type=number(int, low=2), help="training images for the probes (default: all)")
     args = parser.parse_args()
     if args.replot:

@@ -2,24 +2,31 @@
 
     python fig5_aug_heatmaps.py --checkpoints checkpoints/paper
 
-Left: supervised networks under ImageNet augmentations. Right: SimCLR networks, head included, under SimCLR's. Mean
-over seeds. The diagonal at even layers is the middle of Figure 3. Look for: supervised similarity fading from the
-lower left, SimCLR's appearing only in the last layers and the head. Writes fig5.*: `supervised` (32, 32), `simclr`
-(35, 35), `networks_*` (S, ...), `layers_*`, `dominance_*`; `<key>_debiased` by debiased CKA, `networks_*_left_out`
-(10, S, ...) without each tenth of the images. Judges claims 5a-5c.
+Left: supervised networks under ImageNet augmentations. Right: SimCLR networks, head included, under
+SimCLR's. Mean over seeds. The diagonal at even layers is the middle of Figure 3. Look for: supervised
+similarity fading from the lower left, SimCLR's appearing only in the last layers and the head. Writes
+fig5.*: `supervised` (32, 32), `simclr` (35, 35), `networks_*` (S, ...), `layers_*`, `dominance_*`;
+`<key>_debiased` by debiased CKA, `networks_*_left_out` (10, S, ...) without each tenth of the images.
+Judges claims 5a-5c.
 """
 
 import numpy as np
 
-from common import (Claim, Quantity, add_colorbar, cka_heatmap, figure_parser, generator_for, imagenet_params,
-                    layer_names, layers_of, measure, network_source, new_figure, open_study, replot, report,
-                    save_arrays, simclr_params, user_errors)
+from common import (HEAD, LAYERS, Claim, ProjectionHead, Quantity, figure_parser, generator_for,
+                    imagenet_params, layer_names, measure, network_source, new_figure, open_study, replot,
+                    report, save_arrays, simclr_params, user_errors)
+from fig1_internal import add_colorbar, cka_heatmap
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
 
+def layers_of(models):
+    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
+    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
+
+
 def copy_params(model, images, view):
-    """Training augmentation parameters for copy `view` (0 or 1) of a test set; the same for a method's networks."""
+    """Training augmentation parameters for copy `view` (0 or 1), the same for all networks of a method."""
     generator = generator_for(images.device, "augmented copy", view)
     shape = len(images), *images.shape[2:], images.device, generator
     if model.settings["method"] == "simclr":
@@ -28,24 +35,27 @@ def copy_params(model, images, view):
 
 
 def compare_copies(study, method):
-    """The arrays of one panel: rows the layers under the first copy of the images, columns under the second."""
+    """The arrays of one panel: rows the layers for the first copy of the images, columns for the second."""
     models, images = study.networks[method], study.images
     layers = layers_of(models)
     n, matrices, dominances = len(layers), {}, []
     for model in models:
         names = [name for copy in (1, 2) for name in layer_names([model], layers, f", copy {copy}")]
-        sources = [network_source(model, images, slice(0, n), copy_params(model, images, view)) for view in (0, 1)]
+        params = [copy_params(model, images, view) for view in (0, 1)]
+        sources = [network_source(model, images, range(n), some) for some in params]
         cka, dominance = measure(study, sources, names)
         for ending, values in cka.items():
             matrices.setdefault(ending, []).append(values[..., :n, n:])
         dominances.append(dominance.reshape(2, n).max(0))
     arrays = {f"layers_{method}": np.array(layers), f"dominance_{method}": np.stack(dominances)}
     arrays |= {f"networks_{method}{ending}": np.stack(values, -3) for ending, values in matrices.items()}
-    return arrays | {method + ending: arrays[f"networks_{method}{ending}"].mean(0) for ending in ("", "_debiased")}
+    for ending in ("", "_debiased"):
+        arrays[method + ending] = arrays[f"networks_{method}{ending}"].mean(0)
+    return arrays
 
 
 def rank_correlation(values):
-    """Spearman's correlation of values (..., n), along the last dimension, with 1 to n; ties share their mean rank."""
+    """Spearman's correlation of values (..., n), along the last axis, with 1 to n; ties share a mean rank."""
     values = np.asarray(values, float)
     below = values[..., :, None] > values[..., None, :]
     ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
@@ -57,19 +67,20 @@ def rank_correlation(values):
 
 def claims(arrays):
     """Claims 5a-5c, each quantity per network."""
-    simclr, supervised = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in ("simclr", "supervised"))
+    supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
     has_head = simclr.shape[1] > 32  # networks from other projects come without
     late = "BG4 and head" if has_head else "BG4"
     found = [
         Claim("5a", "supervised invariance fades gradually from the first layers",
               [Quantity("supervised diagonal, rank correlation with depth, BG1-3",
                         rank_correlation(supervised[:, :26]), below=0)]),
-        Claim("5b", "SimCLR's head learns substantial but not total invariance",
-              [Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)] if has_head else []),
         Claim("5c", "robustness is limited up to the last few layers",
               [Quantity(f"SimCLR diagonal, {late} - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1),
                         above=0)])]
-    return [claim for claim in found if claim.quantities]
+    if has_head:
+        head = Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)
+        found.insert(1, Claim("5b", "SimCLR's head learns substantial but not total invariance", [head]))
+    return found
 
 
 def plot(arrays):
