@@ -84,7 +84,7 @@ def train_probes(study, source, images, widths):
     Layer by layer the features are computed, used and let go. A batch larger than --batch-size comes in
     pieces, and twice: first for its statistics, then for the gradient, which is the whole batch's.
     """
-    args, data, device = study.args, study.data, study.device
+    args, data, device = study.args, study.data, study.images.device
     probes = nn.ModuleList(Probe(p, len(data.classes)) for p in widths).to(device)
     batch = min(PROBE_BATCH, len(images))
     steps = len(images) // batch
@@ -120,11 +120,11 @@ def probe_accuracies(study, model, layers):
     def source(some_images):
         return network_source(model, some_images, layers)(0, len(some_images))
 
-    right = torch.zeros(len(layers), device=study.device)
+    right = torch.zeros(len(layers), device=study.images.device)
     with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it"):
         widths = [x.shape[1] for x in source(data.train_images[:1])]
         probes = train_probes(study, source, images, widths)
-        for rows in torch.arange(len(study.images), device=study.device).split(args.batch_size):
+        for rows in torch.arange(len(study.images), device=study.images.device).split(args.batch_size):
             for i, x in enumerate(source(study.images[rows])):
                 with torch.no_grad():
                     right[i] += (probes[i](x).argmax(1) == study.labels[rows]).sum()

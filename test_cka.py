@@ -45,6 +45,9 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import fig2_cross as fig2
+import fig3_probes_invariance as fig3
+import fig5_aug_heatmaps as fig5
 import train_simclr
 import train_supervised
 
@@ -1438,38 +1441,50 @@ def test_ranks_script():
     assert_log(ranks_folder() / "simclr_seed0.pt")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Figures
-# ======================================================================================================================
+# ============================================================================================================
+
+FIGURES = {"fig1": ("fig1_internal.py", "1a 1b 1c"), "fig4": ("fig1_internal.py", "4a 4b 4c"),
+           "fig2": ("fig2_cross.py", "2a 2b 2c 2d 2e 2f 4d"), "fig5": ("fig5_aug_heatmaps.py", "5a 5b 5c"),
+           "fig3": ("fig3_probes_invariance.py", "3a 3b 3c 3d 3e 3f 3g 3h")}
+
+
+def draw(name, folder, *flags):
+    """Runs a figure's script with `folder` as --out; returns (its arrays, standard output, standard error)."""
+    more = {"fig3": ["--probe-epochs", 2], "fig4": ["--method", "supervised"]}.get(name, [])
+    flags = [*more, "--out", folder, "--device", "cpu", "--precision", "float32", *flags]
+    code, out, err = run_script(FIGURES[name][0], *flags)
+    assert code == 0, f"{name}: exit code {code}, {out[-300:]} {err[-300:]}"
+    assert torchvision.io.decode_png(torchvision.io.read_file(str(folder / f"{name}.png"))).shape[2] > 800
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as saved:
+        return dict(saved), out, err
 
 
 @functools.cache
 def tiny_figures():
-    """Every figure of the tiny networks on all 24 test images: name -> dict of arrays."""
-    folder, arrays, load = shared_folder() / "figures", {}, functools.cache(common.load_model)  # loading takes longest
-    for script, name, flags in (("fig1_internal", "fig1", []), ("fig1_internal", "fig4", ["--method", "supervised"]),
-                                ("fig2_cross", "fig2", []), ("fig3_probes_invariance", "fig3", ["--probe-epochs", 2]),
-                                ("fig5_aug_heatmaps", "fig5", [])):
-        flags += ["--checkpoints", tiny_checkpoints(), "--out", folder, "--samples", 24, "--device", "cpu"]
-        with mock.patch.object(common, "load_model", load):
-            code, out, err = run_script(f"{script}.py", "--precision", "float32", *flags)
-        assert code == 0, f"{name}: exit code {code}, {err[-300:]}"
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as saved:
-            arrays[name] = dict(saved)
-        identities = [i for i in ("1a 1b 1c", "4a 4b 4c 4d", "2a 2b 2c 2d 2e 2f", "3a 3b 3c 3d 3e 3f 3g 3h", "5a 5b 5c")
-                      if i[0] == name[-1]][0].split()
-        lines = [line.split(" | ") for line in out.splitlines() if line[:2] in identities]
-        assert [line[0][:2] for line in lines] == identities, f"{name} prints {out}"
-        assert all(line[2] in ("holds", "does not hold", "undecided") for line in lines)
-        assert Image.open(folder / f"{name}.png").width > 800
+    """Every figure of the tiny networks on all 24 test images: name -> dict of arrays. They are in figures_folder()."""
+    arrays, load = {}, functools.cache(common.load_model)  # loading takes longest
+    with mock.patch.object(common, "load_model", load):
+        for name, (_, identities) in FIGURES.items():
+            arrays[name], out, err = draw(name, figures_folder(), "--checkpoints", tiny_checkpoints())
+            lines = [line.split(" | ") for line in out.splitlines() if " | " in line]
+            assert [line[0][:2] for line in lines] == identities.split(), f"{name} prints {out}"
+            assert all(line[2] in ("holds", "does not hold", "undecided") for line in lines)
+            assert "mean nothing" in out and "debiased" in err, "the demo's verdicts, and few images, without a word"
     return arrays
+
+
+def figures_folder():
+    """Where tiny_figures() are."""
+    return shared_folder() / "figures"
 
 
 def literal_features(method, seed):
     """The 32 (and head) representations of the test images by a tiny network, through its test pipeline."""
     model = common.load_model(tiny_checkpoints() / f"{method}_seed{seed}.pt")
-    images = [np.array(Image.open(path)) for path in sorted((tiny_data() / "test").glob("*/*"))]
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    images = [torchvision.io.read_image(str(path)) for path in sorted((tiny_data() / "test").glob("*/*"))]
+    x = torch.stack(images).float() / 255
     if method == "supervised":
         mean, std = (torch.tensor(model.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
         x = (x - mean) / std
@@ -1477,27 +1492,36 @@ def literal_features(method, seed):
 
 
 def test_figures_values():
-    """Figures 1, 2 and 4 and the class CKA of Figure 3 equal CKA by definition of the same networks' features."""
+    """Figures 1, 2, 4 and the class CKA of Figure 3 are CKA by definition, biased and debiased, and without tenths."""
     figures = tiny_figures()
-    features = {(method, seed): literal_features(method, seed) for method in METHODS for seed in (0, 1)}
-    for method, name in zip(METHODS, ("fig1", "fig4")):
-        want = literal_cka(features[method, 0][:32] + features[method, 1][:32])[:32, 32:]
-        assert figures[name]["pairs"].shape == (1, 32, 32) and figures[name]["layers"].tolist() == BACKBONE_LAYERS
-        assert_close(figures[name]["cka"], want, 1e-4, name)
-    pairs = torch.stack([literal_cka(features["simclr", a][:32] + features["supervised", b][:32])[:32, 32:]
-                         for a in (0, 1) for b in (0, 1)])
-    two, mean = figures["fig2"], pairs.mean(0)
-    assert_close(two["pairs"], pairs, 1e-4, "fig2 pairs")
-    assert_close(two["odd"], mean[0::2, 0::2], 1e-4, "odd")
-    assert_close(two["even"], mean[1::2, 1::2], 1e-4, "even")
-    assert_close(two["diag"], mean[1::2, 1::2].diagonal(), 1e-4, "diag")
-    assert_close(two["max"], mean[1::2, 1::2].max(1).values, 1e-4, "max")
-    assert (two["even"][range(16), two["argmax"]] == two["max"]).all() and two["argmax"].shape == (16,)
+    features = [literal_features(method, seed) for method in METHODS for seed in (0, 1)]
+    backbones = [x for layers in features for x in layers[:32]]
+    tenths = common.gram_statistics([source(backbones)], 24, precision="float32")
+    for ending, want in (("", literal_cka(backbones)), ("_debiased", literal_cka(backbones, unbiased=True)),
+                         ("_left_out", tenths.left_out), ("_debiased_left_out", tenths.debiased_left_out)):
+        a, b, c, d = (slice(32 * i, 32 * i + 32) for i in range(4))
+        cross = torch.stack([want[..., rows, columns] for rows in (a, b) for columns in (c, d)], -3)
+        within = {"simclr": want[..., None, a, b], "supervised": want[..., None, c, d]}
+        two = figures["fig2"]
+        assert_close(two[f"pairs{ending}"], cross, 1e-4, f"fig2 pairs{ending}")
+        for method, name in zip(METHODS, ("fig1", "fig4")):
+            assert_close(figures[name][f"pairs{ending}"], within[method], 1e-4, f"{name} pairs{ending}")
+            assert_close(two[f"pairs_{method}{ending}"], within[method], 1e-4, f"fig2 pairs_{method}{ending}")
+        if "left_out" not in ending:
+            assert_close(figures["fig1"][f"cka{ending}"], want[a, b], 1e-4, f"cka{ending}")
+            mean = cross.mean(0)
+            even = mean[1::2, 1::2]
+            for key, values in {"odd": mean[0::2, 0::2], "even": even, "diag": even.diagonal(),
+                                "max": even.max(1).values}.items():
+                assert_close(two[f"{key}{ending}"], values, 1e-4, f"{key}{ending}")
+            assert (two[f"even{ending}"][range(16), two[f"argmax{ending}"]] == two[f"max{ending}"]).all()
+    assert figures["fig1"]["layers"].tolist() == BACKBONE_LAYERS
     classes = torch.eye(4).repeat_interleave(6, 0)
-    for method in METHODS:
-        shown = [[x for i, x in enumerate(features[method, seed]) if i % 2 or i > 31] for seed in (0, 1)]
-        want = torch.stack([literal_cka([*layers, classes])[-1, :-1] for layers in shown])
-        assert_close(figures["fig3"][f"class_cka_{method}"], want, 1e-4, f"class CKA, {method}")
+    for i, method in enumerate(METHODS):
+        shown = [[x for j, x in enumerate(features[2 * i + seed]) if j % 2 or j > 31] for seed in (0, 1)]
+        for ending, unbiased in (("", False), ("_debiased", True)):
+            want = torch.stack([literal_cka([*layers, classes], unbiased)[-1, :-1] for layers in shown])
+            assert_close(figures["fig3"][f"class_cka_{method}{ending}"], want, 1e-4, f"{method}{ending}")
 
 
 def test_figures_shapes():
@@ -1507,124 +1531,152 @@ def test_figures_shapes():
         shown = [i for i in range(layers) if i % 2 or i > 31]
         for key in ("probe", "invariance", "class_cka"):
             values = three[f"{key}_{method}"]
-            assert values.shape == (2, len(shown)) and values.min() >= 0 and values.max() <= 1 + 1e-6, f"{key}_{method}"
+            assert values.shape == (2, len(shown)) and values.min() >= 0 and values.max() <= 1 + 1e-6, key
         correct = three[f"probe_{method}"] * 24
         assert_close(correct, correct.round(), 1e-4, "probes are right on whole images")
         assert five[method].shape == (layers, layers) and len(five[f"layers_{method}"]) == layers
-        assert_close(five[method].diagonal()[shown], three[f"invariance_{method}"].mean(0), 1e-4, method)
+        for ending in ("", "_debiased", "_left_out", "_debiased_left_out"):
+            diagonals = five[f"networks_{method}{ending}"].diagonal(axis1=-2, axis2=-1)[..., shown]
+            assert_close(diagonals, three[f"invariance_{method}{ending}"], 1e-4, method + ending)
         assert five[method].diagonal().min() < 0.999, "the two copies are the same images"
 
 
-def test_figures_debiased():
-    """--debiased swaps what a figure shows and what it stores as the other estimator; both differ at 24 images."""
+def test_figures_replot():
+    """--replot draws and judges the same again, with --debiased by the other estimator; damaged files are refused."""
+    tiny_figures()
     with temporary_folder() as folder:
-        flags = ["--checkpoints", tiny_checkpoints(), "--out", folder, "--device", "cpu", "--precision", "float32"]
-        code, out, _ = run_script("fig2_cross.py", *flags, "--debiased")
-        assert code == 0 and out.count("by biased CKA: ") == 1
-        biased = tiny_figures()["fig2"]
-        with np.load(folder / "fig2.npz", allow_pickle=False) as saved:
-            assert saved["debiased"] and not biased["debiased"]
-            assert_close(saved["pairs"], biased["pairs_other"], 1e-6, "shown")
-            assert_close(saved["pairs_other"], biased["pairs"], 1e-6, "stored")
-            assert_close(saved["other_2a_0"], biased["finding_2a_0"], 1e-6, "2a")
-            assert abs(saved["pairs"] - biased["pairs"]).max() > 0.05
-
-
-def test_figures_one_seed():
-    """One seed: Figure 4 says that it compares a network with itself; no networks: the script says what to do."""
-    with temporary_folder() as folder:
-        assert_refused("fig2_cross.py", "--checkpoints", folder, "--out", folder / "out", words=["train_"])
-        shutil.copy(tiny_checkpoints() / "supervised_seed0.pt", folder)
-        flags = ["--checkpoints", folder, "--out", folder / "out", "--method", "supervised", "--device", "cpu"]
-        code, out, _ = run_script("fig1_internal.py", *flags)
-        assert code == 0 and "itself" in out
-        with np.load(folder / "out" / "fig4.npz") as saved:
-            assert_close(saved["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
-        assert_refused("fig1_internal.py", *flags, "--samples", 25, words=["--samples", "24"])
-        assert_refused("fig1_internal.py", *flags, "--batch-size", 0, words=["--batch-size"])
+        shutil.copytree(figures_folder(), folder, dirs_exist_ok=True)
+        for name in FIGURES:
+            files = [(folder / name).with_suffix(ending) for ending in (".npz", ".png")]
+            before = [file.read_bytes() for file in files]
+            with mock.patch.object(common, "build_model", side_effect=AssertionError("a network was made")):
+                _, biased, _ = draw(name, folder, "--replot")
+                assert [file.read_bytes() for file in files] == before, name
+                _, debiased, _ = draw(name, folder, "--replot", "--debiased")
+            assert files[0].read_bytes() == before[0] and files[1].read_bytes() != before[1], name
+            brief = next(line for line in biased.splitlines() if line.startswith("debiased CKA: "))
+            for line in (line for line in debiased.splitlines() if " | " in line):
+                first = f"{line[:2]} {line.split(' | ')[1].split(' +- ')[0].split()[-1]}"
+                assert first in brief, f"{name}: {first} is not in {brief}"
+        damaged = bytearray((folder / "fig5.npz").read_bytes())
+        damaged[60:4000] = bytes(3940)
+        (folder / "fig5.npz").write_bytes(damaged)
+        (folder / "fig1.npz").unlink()
+        for name, words in (("fig1", ["fig1.npz", "--out"]), ("fig5", ["fig5.npz", "damaged"])):
+            assert_refused(FIGURES[name][0], "--replot", "--out", folder, words=words)
 
 
 def test_figures_of_files():
-    """Networks named one by one: a state dict counts as the checkpoint it is from; labels, --replot, refusals."""
-    ours = tiny_checkpoints() / "supervised_seed1.pt"
+    """Networks of others: as good as the checkpoints they are from, each side by its own flags, in neutral words."""
     with temporary_folder() as folder:
-        out, theirs = folder / "out", folder / "moco_seed0.pt"
-        backbone = torch.load(tiny_checkpoints() / "simclr_seed0.pt", weights_only=True)["backbone"]
-        torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in backbone.items()}}, theirs)
-        scripts = {"fig2_cross.py": "fig2", "fig3_probes_invariance.py": "fig3", "fig5_aug_heatmaps.py": "fig5"}
-        same = ["--image-size", 16, "--mean", 0, 0, 0, "--std", 1, 1, 1]  # as the checkpoint was trained
-        flags = ["--supervised", ours, "--data", tiny_data(), "--out", out, "--device", "cpu", "--precision", "float32"]
-        for script, name in scripts.items():
-            more = ["--probe-epochs", 2] if name == "fig3" else []
-            code, text, err = run_script(script, "--simclr", theirs, *same, *flags, *more)
-            assert code == 0 and "SimCLR is moco" in text, f"{name}: {text[-300:]} {err[-300:]}"
-        two, three, five = (dict(np.load(out / f"{name}.npz", allow_pickle=False)) for name in scripts.values())
+        flags = ["--data", tiny_data(), "--image-size", 16]
+        for method, statistics in (("simclr", [[0, 0, 0], [1, 1, 1]]), ("supervised", None)):
+            checkpoint = torch.load(tiny_checkpoints() / f"{method}_seed1.pt", weights_only=True)
+            torch.save({"state_dict": checkpoint["backbone"]}, folder / f"{method} $1, b.pth.tar")
+            mean, std = statistics or (checkpoint["settings"][key] for key in ("mean", "std"))
+            flags += [f"--{method}", folder / f"{method} $1, b.pth.tar", f"--{method}-mean", *mean,
+                      f"--{method}-std", *std]
+        flags += ["--simclr-label", "A$", "--batch-size", 16]
+        found = {}
+        for name in ("fig2", "fig3", "fig5"):
+            found[name], out, _ = draw(name, folder, *flags)
+            assert "holds" not in out and "SimCLR" not in out and "A$" in out, f"{name} prints {out}"
         want = tiny_figures()
-        assert_close(two["pairs"], want["fig2"]["pairs"][1:2], 1e-6, "Figure 2, seeds 0 and 1")
-        assert two["name_simclr"] == "moco" and "moco_seed0.pt" in str(two["settings"])
-        for key in ("probe", "class_cka"):  # not invariance: with the ImageNet stem, state dicts get the full distortion
-            assert_close(three[f"{key}_simclr"], want["fig3"][f"{key}_simclr"][:1, :16], 1e-6, key)
-        assert five["simclr"].shape == (32, 32) and "5b" not in five["finding_ids"]
-        assert_close(five["supervised"], want["fig5"]["networks_supervised"][1], 1e-6, "Figure 5, supervised")
+        assert_close(found["fig2"]["pairs"], want["fig2"]["pairs"][3:], 1e-5, "Figure 2, seed 1")
+        for key in ("probe", "class_cka"):  # not invariance: state dicts of the ImageNet stem get full distortion
+            assert_close(found["fig3"][f"{key}_simclr"], want["fig3"][f"{key}_simclr"][1:, :16], 1e-5, key)
+        assert found["fig5"]["simclr"].shape == (32, 32)
+        assert_close(found["fig5"]["supervised"], want["fig5"]["networks_supervised"][1], 1e-5, "Figure 5")
+        assert found["fig2"]["label_simclr"] == "A$" and found["fig2"]["label_supervised"] == "supervised $1, b"
 
-        for script, name in scripts.items():
-            picture = (out / f"{name}.png").read_bytes()
-            (out / f"{name}.png").unlink()
-            with mock.patch.object(common, "build_model", side_effect=AssertionError("a network was made")):
-                code, text, _ = run_script(script, "--replot", "--out", out)
-            assert code == 0 and f"{name[3]}a" in text and (out / f"{name}.png").read_bytes() == picture, name
-        (out / "fig2.npz").write_bytes(b"PK")
-        assert_refused("fig2_cross.py", "--replot", "--out", out, words=["fig2.npz", "damaged"])
-        assert_refused("fig1_internal.py", "--replot", "--out", out, words=["fig1.npz", "--out"])
-        damaged = bytearray((out / "fig5.npz").read_bytes())
-        damaged[60:4000] = bytes(3940)
-        (out / "fig5.npz").write_bytes(damaged)
-        assert_refused("fig5_aug_heatmaps.py", "--replot", "--out", out, words=["fig5.npz", "damaged"])
-        assert_refused("fig3_probes_invariance.py", "--replot", "--debiased", "--out", out, words=["--debiased"])
-        assert_refused("fig1_internal.py", "--method", "simclr", *flags, words=["--supervised"])
-        assert_refused("fig2_cross.py", "--simclr", ours, ours, *flags, words=["--simclr", "once"])
-        assert_refused("fig2_cross.py", "--simclr", ours, *flags, "--image-size", 16, words=["--image-size"])
-        assert_refused("fig2_cross.py", "--simclr", folder / "none.pt", *flags, words=["none.pt"])
+
+def test_figures_refused():
+    """What does not fit is one line that says what to do; other images than the training's only on purpose."""
+    ours, theirs = (tiny_checkpoints() / f"{method}_seed0.pt" for method in METHODS)
+    with temporary_folder() as folder:
+        other = write_images(folder / "other", rng(), train=6, test=6)
+        content = torch.load(ours, weights_only=True)
+        content["settings"]["data"] = str(other)
+        (folder / "moved").mkdir()
+        torch.save(content, folder / "moved" / "simclr_seed0.pt")
+        for script, flags, words in (
+                ("fig2_cross.py", ["--checkpoints", folder], ["train_simclr.py"]),
+                ("fig2_cross.py", ["--simclr", ours, theirs], ["--supervised", "fig1_internal.py"]),
+                ("fig2_cross.py", ["--simclr", ours, ours, "--supervised", theirs], ["--simclr", "once"]),
+                ("fig2_cross.py", ["--simclr", ours, "--supervised", ours], ["seed0", "--simclr-label"]),
+                ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised", "--method"]),
+                ("fig1_internal.py", ["--simclr", ours, "--image-size", 16], ["--image-size"]),
+                ("fig1_internal.py", ["--simclr", ours, "--simclr-mean", 0, 0, 0], ["--simclr-mean"]),
+                ("fig1_internal.py", ["--simclr", folder / "none.pt"], ["none.pt"]),
+                ("fig1_internal.py", ["--simclr", ours, "--samples", 25], ["--samples", "24"]),
+                ("fig1_internal.py", ["--simclr", ours, "--batch-size", 0], ["--batch-size"]),
+                ("fig1_internal.py", ["--simclr", folder / "moved" / "simclr_seed0.pt"],
+                 ["other images", str(other), "--data", "mean"])):
+            assert_refused(script, *flags, "--out", folder / "out", "--device", "cpu", words=words)
+        found, out, err = draw("fig1", folder, "--simclr", ours, "--data", other)
+        assert found["other_images"] and found["data"] == str(other) and "other images" in err
+        assert "itself" in out
+        assert_close(found["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
 
 
 def test_figures_untrained():
-    """--untrained: networks of other weights than the checkpoints', the same at every call, none of their layers constant."""
-    flags = ["--checkpoints", tiny_checkpoints(), "--samples", 24, "--device", "cpu", "--untrained"]
+    """--untrained: other weights than the checkpoints', the same at every call, no layer constant."""
     with temporary_folder() as folder:
-        found = []
-        for out in ("a", "b"):
-            code, text, err = run_script("fig1_internal.py", *flags, "--out", folder / out)
-            assert code == 0 and "constant" not in err, f"{text[-300:]} {err[-300:]}"
-            with np.load(folder / out / "fig1.npz", allow_pickle=False) as saved:
-                found.append(saved["pairs"])
-                assert "untrained" in str(saved["kind"]) and '"epoch": 0' in str(saved["settings"])
-        assert np.isfinite(found[0]).all() and (found[0] == found[1]).all()
-        assert abs(found[0] - tiny_figures()["fig1"]["pairs"]).max() > 0.01
+        flags = ["--checkpoints", tiny_checkpoints(), "--untrained"]
+        (first, _, err), (second, _, _) = (draw("fig1", folder, *flags) for _ in range(2))
+        assert "constant" not in err and first["untrained"] and '"epoch": 0' in str(first["settings"])
+        assert np.isfinite(first["pairs"]).all() and (first["pairs"] == second["pairs"]).all()
+        assert abs(first["pairs"] - tiny_figures()["fig1"]["pairs"]).max() > 0.01
 
 
-def test_findings():
-    """A claim holds by more than the spread, or, of fewer than three values, for each; Spearman's correlation."""
-    for values, verdict in (([0.3, 0.2], "holds"), ([0.3, -0.1], "undecided"), ([-0.3, -0.1], "does not hold"),
-                            ([0.5, 0.1, 0.4], "holds"), ([0.5, -0.2, 0.1], "undecided"), ([math.nan, 1], "undecided")):
-        assert common.finding("x", "claim", ("number", values, 1, 0))["verdict"] == verdict, f"{values}"
-        mirrored = common.finding("x", "claim", ("number", 1 - np.array(values), -1, 1.0))
-        assert mirrored["verdict"] == verdict, f"{values}, mirrored"
-    two = common.finding("x", "claim", ("good", [1.0], 1, 0), ("bad", [1.0], -1, 0))
-    assert two["verdict"] == "does not hold"
-    got = common.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
+def test_probes():
+    """A probe is batch norm, division by sqrt(p), a linear layer; a batch in pieces has the whole's statistics."""
+    g = rng()
+    batches, new = torch.randn(3, 20, 7, generator=g) * 3 + 5, torch.randn(5, 7, generator=g)
+    probe, norm, linear = fig3.Probe(7, 4), nn.BatchNorm1d(7, affine=False, momentum=None), nn.Linear(7, 4)
+    probe.weight.data, probe.bias.data = linear.weight.data.clone(), linear.bias.data.clone()
+    for x in batches:
+        [(mean, variance)] = fig3.batch_statistics((len(piece), [piece]) for piece in x.split(8))
+        probe.count(mean, variance, len(x))
+        assert_close(probe(x, mean, variance), linear(norm(x) / 7 ** 0.5), 1e-5, "in training")
+    assert_close(probe(new), linear(norm.eval()(new) / 7 ** 0.5), 1e-5, "after training")
+
+
+def test_claims():
+    """Verdicts; claim 2d and dead layers of Figure 2; standard errors from the ten; Spearman's correlation."""
+    nan = math.nan
+    for values, error, verdict in (
+            ([0.3, 0.2], nan, "holds"), ([0.3, -0.1], nan, "undecided"), ([-0.3, -0.1], nan, "does not hold"),
+            ([0.3, 0.2], 0.12, "holds"), ([0.3, 0.2], 0.13, "undecided"), ([-0.3, -0.2], 0.13, "undecided"),
+            ([0.5, 0.1, 0.4], 9, "holds"), ([0.5, -0.2, 0.1], nan, "undecided"), ([nan, 1], nan, "undecided")):
+        for sign, bound in ((1, "above"), (-1, "below")):
+            some = common.Quantity("x", sign * np.array(values), **{bound: 0}, error=error)
+            assert common.Claim("x", "", [some]).verdict() == verdict, f"{values}, {error}, {bound}"
+    good, bad = (common.Quantity("x", np.ones(1), above=bound) for bound in (0, 2))
+    assert common.Claim("x", "", [good, bad]).verdict() == "does not hold"
+
+    left_out = torch.rand(10, 1, 32, 32, generator=rng(), dtype=torch.float64).numpy()
+    arrays = {key: left_out[0] for key in ("pairs", "pairs_simclr", "pairs_supervised")}
+    judged = common.judge(fig2.claims, arrays | {"pairs_left_out": left_out})
+    diagonals = left_out[:, 0, 0::2, 0::2].diagonal(axis1=1, axis2=2)
+    differences = diagonals[:, :3].mean(1) - diagonals[:, 3:].mean(1)
+    assert_close(judged[0].quantities[0].error, differences.std() * 3, 1e-9, "standard error, 2a")  # sqrt(9)
+    assert math.isnan(judged[-1].quantities[0].error), "4d has no ten"
+
+    for near, count in (([0] * 16, 1), ([2] * 7 + [6] * 6 + [12] * 3, 3), (range(16), 0)):
+        matrix = np.full((1, 32, 32), 0.2)
+        matrix[0, np.arange(1, 32, 2), 2 * np.array(near) + 1] = 0.9
+        for dead in (None, 5):  # a supervised layer that is constant
+            if dead is not None:
+                matrix[:, :, 2 * dead + 1] = nan
+            found = {claim.id: claim.quantities for claim in fig2.claims(arrays | {"pairs": matrix})}
+            assert found["2d"][0].values == [count], f"2d with dots at {list(near)}, dead layer {dead}"
+    matrix[0, 2 * 3 + 1] = nan  # a SimCLR layer that is constant
+    even = matrix[0, 1::2, 1::2]
+    assert [i for i, x in enumerate(fig2.most_similar(even)) if np.isnan(x)] == [3]
+    got = fig5.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
     assert_close(got, [0.8, -1.0], 1e-12, "rank correlation")
-    assert np.isnan(common.rank_correlation(np.array([1.0, math.nan, 3.0])))
-
-
-def test_names_of_files():
-    """Labels: files' names without ending and seed; with their folders where the names alone are the same."""
-    for simclr, supervised, names in (
-            (["a/moco_seed0.pth.tar", "b/moco-seed1.pth.tar"], None, {"simclr": "moco"}),
-            (["a/byol.pt"], ["b/sup.v2.ckpt"], {"simclr": "byol", "supervised": "sup.v2"}),
-            (["moco/last.pth"], ["sup/last.pth"], {"simclr": "moco last", "supervised": "sup last"}),
-            (["seed1.pt"], None, {"simclr": "seed1.pt"}), (["a.pt", "b.pt", "c.pt"], None, {"simclr": "a, b and 1 more"})):
-        args = argparse.Namespace(simclr=simclr, supervised=supervised)
-        assert common.names_of_files(args) == names, f"{simclr} {supervised}: {common.names_of_files(args)}"
+    assert np.isnan(fig5.rank_correlation(np.array([1.0, nan, 3.0])))
 
 
 def bench():
