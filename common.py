@@ -1837,7 +1837,6 @@ FOREIGN_FLAGS = {  # what a state dict does not say about itself; for both sides
 def figure_parser(doc):
     """The flags that all figure scripts share."""
     parser = Parser(doc)
-    parser.usage = "%(prog)s [flags]"
     add = parser.add_argument_group("networks").add_argument
     add("--checkpoints", type=os.path.expanduser, help="folder of "
         f"*_seed*.pt files (default: {PAPER}, if no files)")
@@ -1978,7 +1977,8 @@ def untrained(model, index, device):
     """
     s = model.settings
     seed = index if s["seed"] is None else s["seed"]
-    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
+    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False,
+                        stem_padding=s.get("stem_padding", 1))
     if not isinstance(model.fc, ProjectionHead):
         fresh.fc = nn.Identity()
     fresh.settings = s | {"seed": seed, "epoch": 0, "untrained": True}

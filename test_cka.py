@@ -1448,13 +1448,14 @@ def test_ranks_script():
 FIGURES = {"fig1": ("fig1_internal.py", "1a 1b 1c"), "fig4": ("fig1_internal.py", "4a 4b 4c"),
            "fig2": ("fig2_cross.py", "2a 2b 2c 2d 2e 2f 4d"), "fig5": ("fig5_aug_heatmaps.py", "5a 5b 5c"),
            "fig3": ("fig3_probes_invariance.py", "3a 3b 3c 3d 3e 3f 3g 3h")}
+ENDINGS = "", "_debiased", "_left_out", "_debiased_left_out"
 
 
 def draw(name, folder, *flags):
-    """Runs a figure's script with `folder` as --out; returns (its arrays, standard output, standard error)."""
+    """Runs a figure's script with `folder` as --out; returns (arrays, standard output, standard error)."""
     more = {"fig3": ["--probe-epochs", 2], "fig4": ["--method", "supervised"]}.get(name, [])
-    flags = [*more, "--out", folder, "--device", "cpu", "--precision", "float32", *flags]
-    code, out, err = run_script(FIGURES[name][0], *flags)
+    code, out, err = run_script(FIGURES[name][0], *more, "--out", folder, "--device", "cpu",
+                                "--precision", "float32", *flags)
     assert code == 0, f"{name}: exit code {code}, {out[-300:]} {err[-300:]}"
     assert torchvision.io.decode_png(torchvision.io.read_file(str(folder / f"{name}.png"))).shape[2] > 800
     with np.load(folder / f"{name}.npz", allow_pickle=False) as saved:
@@ -1463,21 +1464,16 @@ def draw(name, folder, *flags):
 
 @functools.cache
 def tiny_figures():
-    """Every figure of the tiny networks on all 24 test images: name -> dict of arrays. They are in figures_folder()."""
-    arrays, load = {}, functools.cache(common.load_model)  # loading takes longest
-    with mock.patch.object(common, "load_model", load):
+    """(folder, name -> arrays) of every figure of the tiny networks on all 24 test images."""
+    folder, arrays = shared_folder() / "figures", {}
+    with mock.patch.object(common, "load_model", functools.cache(common.load_model)):  # it takes longest
         for name, (_, identities) in FIGURES.items():
-            arrays[name], out, err = draw(name, figures_folder(), "--checkpoints", tiny_checkpoints())
+            arrays[name], out, err = draw(name, folder, "--checkpoints", tiny_checkpoints())
             lines = [line.split(" | ") for line in out.splitlines() if " | " in line]
             assert [line[0][:2] for line in lines] == identities.split(), f"{name} prints {out}"
             assert all(line[2] in ("holds", "does not hold", "undecided") for line in lines)
-            assert "mean nothing" in out and "debiased" in err, "the demo's verdicts, and few images, without a word"
-    return arrays
-
-
-def figures_folder():
-    """Where tiny_figures() are."""
-    return shared_folder() / "figures"
+            assert "mean nothing" in out and "--debiased" in err, "neither the demo nor few images mentioned"
+    return folder, arrays
 
 
 def literal_features(method, seed):
@@ -1492,126 +1488,116 @@ def literal_features(method, seed):
 
 
 def test_figures_values():
-    """Figures 1, 2, 4 and the class CKA of Figure 3 are CKA by definition, biased and debiased, and without tenths."""
-    figures = tiny_figures()
+    """CKA of Figures 1 to 4 is that by definition, by both estimators, and so is that without tenths."""
+    figures = tiny_figures()[1]
+    one, two, three, four = (figures[name] for name in ("fig1", "fig2", "fig3", "fig4"))
     features = [literal_features(method, seed) for method in METHODS for seed in (0, 1)]
-    backbones = [x for layers in features for x in layers[:32]]
-    tenths = common.gram_statistics([source(backbones)], 24, precision="float32")
-    for ending, want in (("", literal_cka(backbones)), ("_debiased", literal_cka(backbones, unbiased=True)),
-                         ("_left_out", tenths.left_out), ("_debiased_left_out", tenths.debiased_left_out)):
-        a, b, c, d = (slice(32 * i, 32 * i + 32) for i in range(4))
+    layers = [x for network in features for x in network[:32]]
+    tenths = common.gram_statistics([source(layers)], 24, precision="float32")
+    a, b, c, d = (slice(32 * i, 32 * i + 32) for i in range(4))
+    for ending, want in zip(ENDINGS, (literal_cka(layers), literal_cka(layers, unbiased=True),
+                                      tenths.left_out, tenths.debiased_left_out)):
         cross = torch.stack([want[..., rows, columns] for rows in (a, b) for columns in (c, d)], -3)
-        within = {"simclr": want[..., None, a, b], "supervised": want[..., None, c, d]}
-        two = figures["fig2"]
-        assert_close(two[f"pairs{ending}"], cross, 1e-4, f"fig2 pairs{ending}")
-        for method, name in zip(METHODS, ("fig1", "fig4")):
-            assert_close(figures[name][f"pairs{ending}"], within[method], 1e-4, f"{name} pairs{ending}")
-            assert_close(two[f"pairs_{method}{ending}"], within[method], 1e-4, f"fig2 pairs_{method}{ending}")
-        if "left_out" not in ending:
-            assert_close(figures["fig1"][f"cka{ending}"], want[a, b], 1e-4, f"cka{ending}")
-            mean = cross.mean(0)
-            even = mean[1::2, 1::2]
-            for key, values in {"odd": mean[0::2, 0::2], "even": even, "diag": even.diagonal(),
-                                "max": even.max(1).values}.items():
-                assert_close(two[f"{key}{ending}"], values, 1e-4, f"{key}{ending}")
+        assert_close(two[f"pairs{ending}"], cross, 1e-4, f"Figure 2, pairs{ending}")
+        for method, arrays, within in (("simclr", one, want[..., None, a, b]),
+                                       ("supervised", four, want[..., None, c, d])):
+            assert_close(arrays[f"pairs{ending}"], within, 1e-4, f"pairs{ending} of {method}")
+            assert_close(two[f"pairs_{method}{ending}"], within, 1e-4, f"Figure 2, pairs_{method}{ending}")
+        if ending in ("", "_debiased"):
+            odd, even = cross.mean(0)[0::2, 0::2], cross.mean(0)[1::2, 1::2]
+            drawn = {"odd": odd, "even": even, "diag": even.diagonal(), "max": even.amax(1)}
+            for key, values in drawn.items():
+                assert_close(two[key + ending], values, 1e-4, f"Figure 2, {key}{ending}")
             assert (two[f"even{ending}"][range(16), two[f"argmax{ending}"]] == two[f"max{ending}"]).all()
-    assert figures["fig1"]["layers"].tolist() == BACKBONE_LAYERS
-    classes = torch.eye(4).repeat_interleave(6, 0)
-    for i, method in enumerate(METHODS):
-        shown = [[x for j, x in enumerate(features[2 * i + seed]) if j % 2 or j > 31] for seed in (0, 1)]
-        for ending, unbiased in (("", False), ("_debiased", True)):
-            want = torch.stack([literal_cka([*layers, classes], unbiased)[-1, :-1] for layers in shown])
-            assert_close(figures["fig3"][f"class_cka_{method}{ending}"], want, 1e-4, f"{method}{ending}")
+            assert_close(one[f"cka{ending}"], want[a, b], 1e-4, f"Figure 1, cka{ending}")
+            for i, network in enumerate(features):
+                shown = [x for j, x in enumerate(network) if j % 2 or j > 31]
+                classes = torch.eye(4).repeat_interleave(6, 0)
+                wanted = literal_cka([*shown, classes], ending == "_debiased")[-1, :-1]
+                got = three[f"class_cka_{METHODS[i // 2]}{ending}"][i % 2]
+                assert_close(got, wanted, 1e-4, f"class CKA{ending}, network {i}")
+    assert one["layers"].tolist() == BACKBONE_LAYERS
 
 
 def test_figures_shapes():
     """Figure 3 has a row per seed and a column per layer; its invariance is the even diagonal of Figure 5."""
-    three, five = tiny_figures()["fig3"], tiny_figures()["fig5"]
+    three, five = (tiny_figures()[1][name] for name in ("fig3", "fig5"))
     for method, layers in (("simclr", 35), ("supervised", 32)):
         shown = [i for i in range(layers) if i % 2 or i > 31]
         for key in ("probe", "invariance", "class_cka"):
             values = three[f"{key}_{method}"]
             assert values.shape == (2, len(shown)) and values.min() >= 0 and values.max() <= 1 + 1e-6, key
-        correct = three[f"probe_{method}"] * 24
-        assert_close(correct, correct.round(), 1e-4, "probes are right on whole images")
         assert five[method].shape == (layers, layers) and len(five[f"layers_{method}"]) == layers
-        for ending in ("", "_debiased", "_left_out", "_debiased_left_out"):
+        for ending in ENDINGS:
             diagonals = five[f"networks_{method}{ending}"].diagonal(axis1=-2, axis2=-1)[..., shown]
-            assert_close(diagonals, three[f"invariance_{method}{ending}"], 1e-4, method + ending)
+            assert_close(three[f"invariance_{method}{ending}"], diagonals, 1e-4, method + ending)
         assert five[method].diagonal().min() < 0.999, "the two copies are the same images"
 
 
 def test_figures_replot():
-    """--replot draws and judges the same again, with --debiased by the other estimator; damaged files are refused."""
-    tiny_figures()
+    """--replot gives the same again, with --debiased by the other estimator; damaged files are refused."""
     with temporary_folder() as folder:
-        shutil.copytree(figures_folder(), folder, dirs_exist_ok=True)
+        shutil.copytree(tiny_figures()[0], folder, dirs_exist_ok=True)
         for name in FIGURES:
-            files = [(folder / name).with_suffix(ending) for ending in (".npz", ".png")]
+            files = [folder / f"{name}.npz", folder / f"{name}.png"]
             before = [file.read_bytes() for file in files]
             with mock.patch.object(common, "build_model", side_effect=AssertionError("a network was made")):
-                _, biased, _ = draw(name, folder, "--replot")
-                assert [file.read_bytes() for file in files] == before, name
-                _, debiased, _ = draw(name, folder, "--replot", "--debiased")
-            assert files[0].read_bytes() == before[0] and files[1].read_bytes() != before[1], name
-            brief = next(line for line in biased.splitlines() if line.startswith("debiased CKA: "))
+                biased = draw(name, folder, "--replot")[1]
+                assert [file.read_bytes() for file in files] == before, f"{name} changes"
+                debiased = draw(name, folder, "--replot", "--debiased")[1]
+            assert [file.read_bytes() == old for file, old in zip(files, before)] == [True, False], name
+            summary = next(line for line in biased.splitlines() if line.startswith("debiased CKA: "))
             for line in (line for line in debiased.splitlines() if " | " in line):
-                first = f"{line[:2]} {line.split(' | ')[1].split(' +- ')[0].split()[-1]}"
-                assert first in brief, f"{name}: {first} is not in {brief}"
-        damaged = bytearray((folder / "fig5.npz").read_bytes())
-        damaged[60:4000] = bytes(3940)
-        (folder / "fig5.npz").write_bytes(damaged)
+                first = f"{line[:2]} {line.split(' +- ')[0].split()[-1]}"
+                assert first in summary, f"{name}: {first} is not in {summary}"
+        damaged = (folder / "fig5.npz").read_bytes()
+        (folder / "fig5.npz").write_bytes(damaged[:60] + bytes(3940) + damaged[4000:])
         (folder / "fig1.npz").unlink()
-        for name, words in (("fig1", ["fig1.npz", "--out"]), ("fig5", ["fig5.npz", "damaged"])):
-            assert_refused(FIGURES[name][0], "--replot", "--out", folder, words=words)
+        for name, word in (("fig1", "--out"), ("fig5", "damaged")):
+            assert_refused(FIGURES[name][0], "--replot", "--out", folder, words=[f"{name}.npz", word])
 
 
 def test_figures_of_files():
-    """Networks of others: as good as the checkpoints they are from, each side by its own flags, in neutral words."""
+    """State dicts give what their checkpoints give, each side by its own flags, and get no verdicts."""
     with temporary_folder() as folder:
-        flags = ["--data", tiny_data(), "--image-size", 16]
-        for method, statistics in (("simclr", [[0, 0, 0], [1, 1, 1]]), ("supervised", None)):
+        flags = ["--data", tiny_data(), "--image-size", 16, "--simclr-label", "A$", "--batch-size", 16]
+        for method in METHODS:
             checkpoint = torch.load(tiny_checkpoints() / f"{method}_seed1.pt", weights_only=True)
-            torch.save({"state_dict": checkpoint["backbone"]}, folder / f"{method} $1, b.pth.tar")
-            mean, std = statistics or (checkpoint["settings"][key] for key in ("mean", "std"))
-            flags += [f"--{method}", folder / f"{method} $1, b.pth.tar", f"--{method}-mean", *mean,
-                      f"--{method}-std", *std]
-        flags += ["--simclr-label", "A$", "--batch-size", 16]
-        found = {}
+            file, settings = folder / f"{method} $1, b.pth.tar", checkpoint["settings"]
+            torch.save({"state_dict": checkpoint["backbone"]}, file)
+            mean, std = ([0] * 3, [1] * 3) if method == "simclr" else (settings["mean"], settings["std"])
+            flags += [f"--{method}", file, f"--{method}-mean", *mean, f"--{method}-std", *std]
+        found, want = {}, tiny_figures()[1]
         for name in ("fig2", "fig3", "fig5"):
             found[name], out, _ = draw(name, folder, *flags)
             assert "holds" not in out and "SimCLR" not in out and "A$" in out, f"{name} prints {out}"
-        want = tiny_figures()
+        assert [found["fig2"][f"label_{method}"] for method in METHODS] == ["A$", "supervised $1, b"]
         assert_close(found["fig2"]["pairs"], want["fig2"]["pairs"][3:], 1e-5, "Figure 2, seed 1")
-        for key in ("probe", "class_cka"):  # not invariance: state dicts of the ImageNet stem get full distortion
+        for key in ("probe", "class_cka"):  # not invariance: a state dict's augmentation is ImageNet's
             assert_close(found["fig3"][f"{key}_simclr"], want["fig3"][f"{key}_simclr"][1:, :16], 1e-5, key)
-        assert found["fig5"]["simclr"].shape == (32, 32)
         assert_close(found["fig5"]["supervised"], want["fig5"]["networks_supervised"][1], 1e-5, "Figure 5")
-        assert found["fig2"]["label_simclr"] == "A$" and found["fig2"]["label_supervised"] == "supervised $1, b"
+        assert found["fig5"]["simclr"].shape == (32, 32)
 
 
 def test_figures_refused():
-    """What does not fit is one line that says what to do; other images than the training's only on purpose."""
+    """What does not fit is one line that says what to do; other images than training's only on purpose."""
     ours, theirs = (tiny_checkpoints() / f"{method}_seed0.pt" for method in METHODS)
     with temporary_folder() as folder:
-        other = write_images(folder / "other", rng(), train=6, test=6)
+        other, moved = write_images(folder / "other", rng(), train=6, test=6), folder / "moved.pt"
         content = torch.load(ours, weights_only=True)
         content["settings"]["data"] = str(other)
-        (folder / "moved").mkdir()
-        torch.save(content, folder / "moved" / "simclr_seed0.pt")
+        torch.save(content, moved)
         for script, flags, words in (
                 ("fig2_cross.py", ["--checkpoints", folder], ["train_simclr.py"]),
                 ("fig2_cross.py", ["--simclr", ours, theirs], ["--supervised", "fig1_internal.py"]),
                 ("fig2_cross.py", ["--simclr", ours, ours, "--supervised", theirs], ["--simclr", "once"]),
                 ("fig2_cross.py", ["--simclr", ours, "--supervised", ours], ["seed0", "--simclr-label"]),
-                ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised", "--method"]),
+                ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised"]),
                 ("fig1_internal.py", ["--simclr", ours, "--image-size", 16], ["--image-size"]),
                 ("fig1_internal.py", ["--simclr", ours, "--simclr-mean", 0, 0, 0], ["--simclr-mean"]),
                 ("fig1_internal.py", ["--simclr", folder / "none.pt"], ["none.pt"]),
                 ("fig1_internal.py", ["--simclr", ours, "--samples", 25], ["--samples", "24"]),
-                ("fig1_internal.py", ["--simclr", ours, "--batch-size", 0], ["--batch-size"]),
-                ("fig1_internal.py", ["--simclr", folder / "moved" / "simclr_seed0.pt"],
-                 ["other images", str(other), "--data", "mean"])):
+                ("fig1_internal.py", ["--simclr", moved], ["other images", str(other), "--data", "mean"])):
             assert_refused(script, *flags, "--out", folder / "out", "--device", "cpu", words=words)
         found, out, err = draw("fig1", folder, "--simclr", ours, "--data", other)
         assert found["other_images"] and found["data"] == str(other) and "other images" in err
@@ -1626,15 +1612,14 @@ def test_figures_untrained():
         (first, _, err), (second, _, _) = (draw("fig1", folder, *flags) for _ in range(2))
         assert "constant" not in err and first["untrained"] and '"epoch": 0' in str(first["settings"])
         assert np.isfinite(first["pairs"]).all() and (first["pairs"] == second["pairs"]).all()
-        assert abs(first["pairs"] - tiny_figures()["fig1"]["pairs"]).max() > 0.01
+        assert abs(first["pairs"] - tiny_figures()[1]["fig1"]["pairs"]).max() > 0.01
 
 
-def test_probes():
-    """A probe is batch norm, division by sqrt(p), a linear layer; a batch in pieces has the whole's statistics."""
-    g = rng()
-    batches, new = torch.randn(3, 20, 7, generator=g) * 3 + 5, torch.randn(5, 7, generator=g)
+def test_figures_probes():
+    """A probe is batch norm, division by sqrt(p), a linear layer; pieces give the batch's statistics."""
+    batches, new = torch.randn(3, 20, 7, generator=rng()) * 3 + 5, torch.rand(5, 7, generator=rng())
     probe, norm, linear = fig3.Probe(7, 4), nn.BatchNorm1d(7, affine=False, momentum=None), nn.Linear(7, 4)
-    probe.weight.data, probe.bias.data = linear.weight.data.clone(), linear.bias.data.clone()
+    probe.load_state_dict(linear.state_dict(), strict=False)
     for x in batches:
         [(mean, variance)] = fig3.batch_statistics((len(piece), [piece]) for piece in x.split(8))
         probe.count(mean, variance, len(x))
@@ -1642,41 +1627,41 @@ def test_probes():
     assert_close(probe(new), linear(norm.eval()(new) / 7 ** 0.5), 1e-5, "after training")
 
 
-def test_claims():
-    """Verdicts; claim 2d and dead layers of Figure 2; standard errors from the ten; Spearman's correlation."""
+def test_figures_verdicts():
+    """A claim holds by more than the spread; of fewer than three values for each, by two standard errors."""
     nan = math.nan
     for values, error, verdict in (
             ([0.3, 0.2], nan, "holds"), ([0.3, -0.1], nan, "undecided"), ([-0.3, -0.1], nan, "does not hold"),
             ([0.3, 0.2], 0.12, "holds"), ([0.3, 0.2], 0.13, "undecided"), ([-0.3, -0.2], 0.13, "undecided"),
-            ([0.5, 0.1, 0.4], 9, "holds"), ([0.5, -0.2, 0.1], nan, "undecided"), ([nan, 1], nan, "undecided")):
+            ([0.5, 0.1, 0.4], 9, "holds"), ([0.5, -0.2, 0.1], nan, "undecided"), ([nan, 1], 0, "undecided")):
         for sign, bound in ((1, "above"), (-1, "below")):
             some = common.Quantity("x", sign * np.array(values), **{bound: 0}, error=error)
             assert common.Claim("x", "", [some]).verdict() == verdict, f"{values}, {error}, {bound}"
-    good, bad = (common.Quantity("x", np.ones(1), above=bound) for bound in (0, 2))
-    assert common.Claim("x", "", [good, bad]).verdict() == "does not hold"
+            bad = common.Quantity("x", np.ones(1), above=2)
+            assert common.Claim("x", "", [some, bad]).verdict() == "does not hold"
+    got = fig5.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, nan, 3.0, 4.0]]))
+    assert_close(got[:2], [0.8, -1.0], 1e-12, "rank correlation")
+    assert np.isnan(got[2])
 
-    left_out = torch.rand(10, 1, 32, 32, generator=rng(), dtype=torch.float64).numpy()
-    arrays = {key: left_out[0] for key in ("pairs", "pairs_simclr", "pairs_supervised")}
-    judged = common.judge(fig2.claims, arrays | {"pairs_left_out": left_out})
-    diagonals = left_out[:, 0, 0::2, 0::2].diagonal(axis1=1, axis2=2)
-    differences = diagonals[:, :3].mean(1) - diagonals[:, 3:].mean(1)
-    assert_close(judged[0].quantities[0].error, differences.std() * 3, 1e-9, "standard error, 2a")  # sqrt(9)
+
+def test_figures_claims():
+    """Standard errors over images; claim 2d by the strict test; a constant layer catches no dots."""
+    ten = torch.rand(10, 1, 32, 32, generator=rng(), dtype=torch.float64).numpy()
+    arrays = {key: ten[0] for key in ("pairs", "pairs_simclr", "pairs_supervised")}
+    judged = common.judge(fig2.claims, arrays | {"pairs_left_out": ten})
+    diagonals = ten[:, 0, 0::2, 0::2].diagonal(axis1=1, axis2=2)
+    early_less_late = diagonals[:, :3].mean(1) - diagonals[:, 3:].mean(1)
+    assert_close(judged[0].quantities[0].error, 3 * early_less_late.std(), 1e-9, "2a")  # sqrt(9/10 * 10)
     assert math.isnan(judged[-1].quantities[0].error), "4d has no ten"
-
-    for near, count in (([0] * 16, 1), ([2] * 7 + [6] * 6 + [12] * 3, 3), (range(16), 0)):
+    for dots, count in (([0] * 16, 1), ([2] * 7 + [6] * 6 + [12] * 3, 3), (list(range(16)), 0)):
         matrix = np.full((1, 32, 32), 0.2)
-        matrix[0, np.arange(1, 32, 2), 2 * np.array(near) + 1] = 0.9
-        for dead in (None, 5):  # a supervised layer that is constant
-            if dead is not None:
-                matrix[:, :, 2 * dead + 1] = nan
-            found = {claim.id: claim.quantities for claim in fig2.claims(arrays | {"pairs": matrix})}
-            assert found["2d"][0].values == [count], f"2d with dots at {list(near)}, dead layer {dead}"
-    matrix[0, 2 * 3 + 1] = nan  # a SimCLR layer that is constant
-    even = matrix[0, 1::2, 1::2]
-    assert [i for i, x in enumerate(fig2.most_similar(even)) if np.isnan(x)] == [3]
-    got = fig5.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
-    assert_close(got, [0.8, -1.0], 1e-12, "rank correlation")
-    assert np.isnan(fig5.rank_correlation(np.array([1.0, nan, 3.0])))
+        matrix[0, 1::2, 1::2][np.arange(16), dots] = 0.9
+        matrix[:, :, 11] = math.nan  # even layer 6 of supervision is constant
+        matrix[:, 11] = math.nan  # and SimCLR's
+        found = {claim.id: claim.quantities[0].values for claim in fig2.claims(arrays | {"pairs": matrix})}
+        assert found["2d"] == [count], f"2d is {found['2d']} with dots at {dots}"
+        nearest = fig2.most_similar(matrix[0, 1::2, 1::2])
+        assert np.isnan(nearest[5]) and np.isnan(nearest).sum() == 1 and nearest[15] == dots[15], nearest
 
 
 def bench():
