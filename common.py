@@ -1912,6 +1912,10 @@ class Study(NamedTuple):
 def open_study(args, methods):
     """`Study` of the networks of `methods`; UserError if anything is missing or does not fit together."""
     device = pick_device(args.device)
+    missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
+    if len(missing) == 1 < len(methods):
+        raise UserError(f"networks for one side only: give --{missing[0]} FILE... too, or --checkpoints FOLDER; "
+                        "to compare the networks of one side with each other, use fig1_internal.py")
     if len({side_label(args, method) for method in methods}) < len(methods):
         raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
                         "--simclr-label and --supervised-label")
@@ -1942,9 +1946,6 @@ def open_study(args, methods):
 def load_networks(args, method, device):
     """The networks of one side: its files in their order, or --checkpoints/<method>_seed*.pt by seed."""
     files, folder = getattr(args, method), Path(args.checkpoints or PAPER)
-    if not files and not args.checkpoints and (args.simclr or args.supervised):
-        raise UserError(f"networks for one side only: give --{method} FILE... too, or --checkpoints FOLDER; "
-                        "to compare the networks of one side with each other, use fig1_internal.py")
     paths = [Path(name) for name in files or []]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"--{method}: each file once")
