@@ -1826,12 +1826,12 @@ ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
 NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
 PAPER = "checkpoints/paper"  # where the training scripts put the networks of the full study
-FOREIGN_FLAGS = {  # what a state dict does not say about itself; for both sides, or behind --simclr- for one
-    "image-size": {"type": number(int, low=8), "metavar": "N", "help": "pixels (default: 224; 3x3 stem: 32)"},
+FOREIGN = {  # what a state dict does not say about itself: flags for both sides, or --simclr-* for one
+    "image_size": {"type": number(int, low=8), "metavar": "N", "help": "pixels (default: 224; 3x3 stem: 32)"},
     "mean": {"type": number(float, low=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
     "std": {"type": number(float, above=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
     "prefix": {"metavar": "TEXT", "help": "before conv1.weight, where a file holds several networks"},
-    "stem-padding": {"type": int, "choices": (1, 2), "help": "of a 3x3 stem (default: 1)"}}
+    "stem_padding": {"type": int, "choices": (1, 2), "help": "of a 3x3 stem (default: 1)"}}
 
 
 def figure_parser(doc):
@@ -1861,17 +1861,18 @@ def figure_parser(doc):
     add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
     add("--replot", action="store_true", help="judge and draw again from the .npz in --out, without networks")
     group = parser.add_argument_group("state dicts, which do not say how they want their images")
-    for flag, options in FOREIGN_FLAGS.items():
+    for name, options in FOREIGN.items():
+        flag = name.replace("_", "-")
         group.add_argument(f"--{flag}", **options)
-        for method in NAMES:  # for one side alone
+        for method in NAMES:
             group.add_argument(f"--{method}-{flag}", **options | {"help": None})
     return parser
 
 
-def foreign_options(args, side):
-    """The flags of one side's state dicts (side "": those of both) by `load_model`'s names for them."""
-    names = [flag.replace("-", "_") for flag in FOREIGN_FLAGS]
-    return {name: getattr(args, f"{side}_{name}" if side else name) for name in names}
+def foreign_options(args, method=None):
+    """The flags given for state dicts of both sides, or of one `method`'s alone, by `load_model`'s names."""
+    given = {name: getattr(args, f"{method}_{name}" if method else name) for name in FOREIGN}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def without_ending(path):
@@ -1914,26 +1915,24 @@ def open_study(args, methods):
     device = pick_device(args.device)
     missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
     if len(missing) == 1 < len(methods):
-        raise UserError(f"networks for one side only: give --{missing[0]} FILE... too, or --checkpoints FOLDER; "
+        raise UserError(f"networks of one side only: give --{missing[0]} FILE... or --checkpoints FOLDER too; "
                         "to compare the networks of one side with each other, use fig1_internal.py")
     if len({side_label(args, method) for method in methods}) < len(methods):
         raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
                         "--simclr-label and --supervised-label")
     networks = {method: load_networks(args, method, device) for method in methods}
-    settings = {method: [model.settings for model in models] for method, models in networks.items()}
-    settings[""] = [s for side in settings.values() for s in side]
-    for side, some in settings.items():
-        given = [name for name, value in foreign_options(args, side).items() if value is not None]
-        if given and all("preset" in s for s in some):
-            flag = "-".join([side, *given[0].split("_")]).strip("-")
-            raise UserError(f"--{flag} is for state dicts; checkpoints know theirs: leave it out")
+    settings = [model.settings for models in networks.values() for model in models]
+    both = foreign_options(args)
+    if both and all("preset" in s for s in settings):
+        flag = [*both][0].replace("_", "-")
+        raise UserError(f"--{flag} is for state dicts; checkpoints of this study know theirs: leave it out")
     for name in ("stem", "image_size", "data"):
-        values = sorted({str(s[name]) for s in settings[""] if s[name]})
+        values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:
             warn(f"networks differ in {name}: {', '.join(values)}")
     if args.untrained:
         networks = {m: [untrained(model, i, device) for i, model in enumerate(networks[m])] for m in methods}
-    data, path, other_images = figure_data(args, settings[""], device)
+    data, path, other_images = figure_data(args, settings, device)
     total = len(data.test_images)
     if args.samples and args.samples > total:
         raise UserError(f"--samples {args.samples}: the test set has {total} images")
@@ -1953,8 +1952,11 @@ def load_networks(args, method, device):
     if not paths:
         raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
                         f"`python train_{method}.py --out {folder}`")
-    own = {name: value for name, value in foreign_options(args, method).items() if value is not None}
-    models = [load_model(path, device, method, **foreign_options(args, "") | own) for path in paths]
+    own = foreign_options(args, method)
+    models = [load_model(path, device, method, **foreign_options(args) | own) for path in paths]
+    if own and all("preset" in model.settings for model in models):
+        flag = [*own][0].replace("_", "-")
+        raise UserError(f"--{method}-{flag} is for state dicts; these checkpoints know theirs: leave it out")
     for path, model in zip(paths, models):
         s = model.settings
         model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"

@@ -1577,6 +1577,8 @@ def test_figures_of_files():
             assert_close(found["fig3"][f"{key}_simclr"], want["fig3"][f"{key}_simclr"][1:, :16], 1e-5, key)
         assert_close(found["fig5"]["supervised"], want["fig5"]["networks_supervised"][1], 1e-5, "Figure 5")
         assert found["fig5"]["simclr"].shape == (32, 32)
+    args = common.figure_parser("").parse_args(["--simclr", "a/x, $1.pth.tar", "b.pt"])
+    assert str(common.figure_folder(args)) == str(Path("figures", "x_1_and_1_more"))
 
 
 def test_figures_refused():
@@ -1648,11 +1650,14 @@ def test_figures_claims():
     """Standard errors over images; claim 2d by the strict test; a constant layer catches no dots."""
     ten = torch.rand(10, 1, 32, 32, generator=rng(), dtype=torch.float64).numpy()
     arrays = {key: ten[0] for key in ("pairs", "pairs_simclr", "pairs_supervised")}
-    judged = common.judge(fig2.claims, arrays | {"pairs_left_out": ten})
+    both = arrays | {"pairs_left_out": ten, "pairs_debiased_left_out": 2 * ten}
     diagonals = ten[:, 0, 0::2, 0::2].diagonal(axis1=1, axis2=2)
     early_less_late = diagonals[:, :3].mean(1) - diagonals[:, 3:].mean(1)
-    assert_close(judged[0].quantities[0].error, 3 * early_less_late.std(), 1e-9, "2a")  # sqrt(9/10 * 10)
-    assert math.isnan(judged[-1].quantities[0].error), "4d has no ten"
+    for debiased in (False, True):
+        claims = common.judge(fig2.claims, both, debiased)
+        want = (3 + 3 * debiased) * early_less_late.std()  # sqrt(9/10 * 10) times their deviation
+        assert_close(claims[0].quantities[0].error, want, 1e-9, "standard error, 2a")
+        assert math.isnan(claims[-1].quantities[0].error), "4d has no ten"
     for dots, count in (([0] * 16, 1), ([2] * 7 + [6] * 6 + [12] * 3, 3), (list(range(16)), 0)):
         matrix = np.full((1, 32, 32), 0.2)
         matrix[0, 1::2, 1::2][np.arange(16), dots] = 0.9
