@@ -1915,7 +1915,7 @@ def open_study(args, methods):
     device = pick_device(args.device)
     missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
     if len(missing) == 1 < len(methods):
-        raise UserError(f"networks of one side only: give --{missing[0]} FILE... or --checkpoints FOLDER too; "
+        raise UserError(f"one side only: give --{missing[0]} FILE... too, or --checkpoints FOLDER; "
                         "to compare the networks of one side with each other, use fig1_internal.py")
     if len({side_label(args, method) for method in methods}) < len(methods):
         raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "

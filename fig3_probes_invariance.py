@@ -240,9 +240,9 @@ def main():
     if args.replot:
         return replot(args, "fig3", claims, plot)
     study = open_study(args, list(NAMES))
-    if (args.probe_images or 0) > len(study.data.train_images):
-        raise UserError(f"--probe-images {args.probe_images}: the training set has "
-                        f"{len(study.data.train_images)} images")
+    needed, total = args.probe_images or 2, len(study.data.train_images)
+    if needed > total:
+        raise UserError(f"--probe-images {needed}: the training set has {total}")
     arrays = measure_method(study, "simclr") | measure_method(study, "supervised")
     report(args, "fig3", save_arrays(study, "fig3", arrays), claims, plot)
 
