@@ -21,8 +21,10 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -762,7 +764,6 @@ def stream_representations(model, images, any_order=False):
             yield f"head.{i}", x
 
 
-=======
 def _refuse_other_networks(model, groups):
     """TypeError unless the network computes what torchvision's ResNet does, whose forward we take apart."""
     resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
@@ -1660,55 +1661,102 @@ def open_run(args, method, seed, data, device):
         log.close()
 
 
-# ======================================================================================================================
-# 10. Linear CKA: everything between the two "----" lines works alone, with torch (2.9 or newer)
-# ======================================================================================================================
+# ============================================================================================================
+# 10. Linear CKA
+# ============================================================================================================
+# For the figures, and for other projects: everything between the two "----" lines works alone when pasted. The
+# order is: API, planner, features of the sources, tiles of Gram matrices, form for few features, statistics,
+# switches, memory, progress.
 
 # ---- copy from here ----
-# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples, between all
-# layers of any number of networks, in bounded memory. The normalisation of HSIC (m^2 - 1 or (m - 1)^2) cancels.
+# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples, between
+# all layers of any number of networks, in bounded memory. Needs torch 2.1 or newer and nothing else.
+#
+# Two saved feature files, or any two arrays with a row per sample:
+#
+#     value = linear_cka(torch.load("x.pt"), torch.load("y.pt"))
+#
+# All layers of networks: write a source, a function that returns the features of samples start to stop - 1, a tensor
+# of stop - start rows per layer, in a list or dict, or from a generator, which needs less memory. It is called for
+# any start and stop, first for a few samples, and must answer the same every time: network in eval mode, data in a
+# fixed order. With hooks and a DataLoader:
+#
+#     def source(start, stop):
+#         features = {}
+#         def keep(name):  # clone: a ResNet of torchvision overwrites what its bn1 and bn3 return
+#             return lambda module, inputs, output: features.update({name: output.clone()})
+#         hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_children()]
+#         for images, _ in DataLoader(Subset(data, range(start, stop)), batch_size=stop - start):
+#             model(images)
+#         for hook in hooks:
+#             hook.remove()
+#         return features
+#
+#     model.eval()
+#     matrix = cka_matrix([source], m=len(data))  # (layers, layers); [source, other] for two networks
 import contextlib
-import inspect
+import gc
 import math
 import os
 import sys
 import time
+import types
 import warnings
 from typing import NamedTuple
 
 import torch
 
+SOURCE = ("a source is a function source(start, stop) that returns the features of samples start to stop - 1, a "
+          "tensor of stop - start rows per layer, for any start and stop, and the same every time")
+TENTHS = 10  # groups of samples, each of which is left out once for the standard error
+STRIP, BAND = 64, 256  # rows of a Gram matrix that are kept together, and that are multiplied at a time
+ROWS = 2048  # samples that are added up in float32 at most
+
 
 class GramStatistics(NamedTuple):
-    """What one pass over the Gram matrices of L layers gives; all on the CPU, reductions in float64."""
+    """What one pass over the Gram matrices of L layers gives; all on the CPU, sums in float64."""
 
     cka: torch.Tensor  # (L, L) float64, Eq. (2) with the biased HSIC; NaN where a layer is constant
-    debiased_cka: torch.Tensor  # (L, L) float64, with the unbiased HSIC of Song et al. 2012; NaN for fewer than 4 samples
-    dominance: torch.Tensor  # (L,) float64 in [0, 1]: share of HSIC(K, K) in the rows of the 1 % of samples with most
+    debiased_cka: torch.Tensor  # (L, L) float64, unbiased HSIC of Song et al. 2012; NaN for fewer than 4 samples
+    dominance: torch.Tensor  # (L,) float64 in [0, 1]: share of HSIC(K, K) in the rows of its strongest 1 %
     dominant: torch.Tensor  # (L, ceil(m / 100)) int64: those samples, the strongest first
     constant: list  # indices of layers that are the same for every sample
+    left_out: torch.Tensor  # (10, L, L) float64: `cka` without each tenth of the samples (random, always the same)
+    debiased_left_out: torch.Tensor  # (10, L, L) float64: `debiased_cka` likewise
+
+    @property
+    def standard_error(self):
+        """(L, L) float64: standard error of `cka` over samples."""
+        return jackknife(self.left_out)
+
+
+def jackknife(values):
+    """Standard error over samples of a cell, or of what follows from a matrix, given without each tenth (10, ...)."""
+    return ((values - values.mean(0)).square().sum(0) * (len(values) - 1) / len(values)).sqrt()
 
 
 def linear_cka(x, y, debiased=False):
     """Linear CKA of two representations of the same m samples: a 0-d float64 tensor (float32 on MPS) on x's device.
 
-    x (m, ...) and y (m, ...) of any trailing shape are flattened per sample. The biased CKA, Eq. (2), lies in [0, 1];
-    the debiased one (Song et al. 2012; Nguyen et al. 2021) is at most 1 and about 0 for unrelated representations.
-    Products in float32, or float64 if the inputs are. ValueError for unequal m, fewer than 2 samples (debiased: 4), a
-    representation that is constant over samples, or NaN or infinite values.
+    x (m, ...) and y (m, ...), tensors or numpy arrays of any trailing shape, are flattened per sample. The biased
+    CKA, Eq. (2), lies in [0, 1]; the debiased one (Song et al. 2012; Nguyen et al. 2021) is at most 1 and about 0
+    for unrelated representations. Products are float32, or float64 if an input is. ValueError for unequal m, fewer
+    than 2 samples (debiased: 4), a representation that is constant over samples, or NaN or infinite values.
     """
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(f"linear_cka compares the same samples: got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if len(x) < (4 if debiased else 2):
         raise ValueError(f"linear_cka needs at least {4 if debiased else 2} samples, got {len(x)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a constant layer is an error here
-        both = gram_statistics([lambda a, b: [x[a:b]], lambda a, b: [y[a:b]]], len(x), precision="float32", batch=1024)
+    sources = [lambda start, stop: [x[start:stop]], lambda start, stop: [y[start:stop]]]
+    with warnings.catch_warnings(record=True) as caught:  # what is a warning for a matrix is an error here
+        warnings.simplefilter("always")
+        both = gram_statistics(sources, len(x), precision="float32", batch=ROWS, dominance=False)
     if both.constant:
-        raise ValueError(f"{' and '.join('xy'[i] for i in both.constant)} is constant over samples: CKA is undefined")
+        raise ValueError(f"{' and '.join('xy'[i] for i in both.constant)} is constant over samples: no CKA")
     value = (both.debiased_cka if debiased else both.cka)[0, 1]
     if value.isnan():
-        raise ValueError("linear_cka: the debiased HSIC of x or y with itself is 0: too few samples differ")
+        raise ValueError(f"linear_cka: {caught[0].message}")
     return value.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -1719,358 +1767,537 @@ def cka_matrix(sources, m, debiased=False, **options):
 
 
 @torch.no_grad()
-def gram_statistics(sources, m, precision=None, memory=None, batch=128):
+def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominance=True):
     """`GramStatistics` of all layers of all `sources`, over samples 0 to m - 1, exact for any m.
 
-    sources: list of callables, one per network or view; source(start, stop) returns that network's features (stop - start,
-        ...) of those samples, a list or a generator over its layers, the same every time it is asked. A generator that
-        computes a layer when it is asked for needs less memory, and is faster where new memory is slow.
-    precision: of the Gram matrices' products. "float32"; "tf32" (CUDA); "bfloat16": inputs rounded to bfloat16, float32
-        results. None: the fastest of them on this device (bfloat16 where there is hardware for it, else float32).
-        Features are centred first, which is what makes rounding harmless. Float64 features keep float64 products,
-        except in "bfloat16".
-    memory: bytes for features and Gram tiles; None: half of what is free on the features' device. If three quarters hold
-        all features, or all Grams and one layer's features (of lists: one source's), each source is asked once per
-        sample; else features are computed again, the less memory the more often.
+    sources: list of functions, one per network or view, as the comment at the top describes them. Layers may differ
+        in number and shape. Tokens, channels and positions are flattened: pick or average them first if you wish.
+    precision: of the Gram matrices' products: "float32"; "tf32" (CUDA); "float16" (CUDA) or "bfloat16": rounded
+        inputs (on CPUs results too). None: the fastest with errors below 1e-4. Features are centred first, which is
+        what makes rounding harmless. Float64 features keep float64 products.
+    memory: bytes on the features' device to use beside one batch's forward pass; None: four fifths of what is free.
+        The less, the more often a source is asked for the same samples: see `plan`.
     batch: samples per call of a source.
+    dominance: False leaves it out, which saves two fifths of the products where features are few.
 
-    How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Pass one finds each
-    feature's mean. Pass two takes a block of rows at a time: the upper triangle's part of every layer's K' in these rows,
-    then all pairs of layers' products summed over it; the next block overwrites these tiles. Where all Grams fit, there is
-    one block, and both passes are one. Rows of K' sum to zero, so the debiased estimator needs K's diagonal besides, nothing
-    else.
+    How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are cut
+    into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by layer; all
+    pairs of layers' products are summed over it; the next tile takes its place. A single block asks for every sample
+    once. With more, the means take a pass of their own, so that nothing depends on the order of samples. Rows of K'
+    sum to zero, so the debiased estimator needs K's diagonal besides, nothing else. If all layers together have
+    fewer features than samples, HSIC(K, L) is the squared norm of Xt Y instead, exactly.
 
-    ValueError for features that are not finite, or a source that changes its mind about shapes. Layers that are constant
-    over samples get NaN and a warning.
+    ValueError for what is no source, for answers that change or are not finite, and for too little memory. A
+    constant layer gets NaN and a warning, and so does a debiased value that would be made of rounding errors.
     """
-    if m < 2:
+    if int(m) != m or m < 2:
         raise ValueError(f"CKA needs at least 2 samples, got m = {m}")
-    if precision not in (None, "float32", "tf32", "bfloat16"):
-        raise ValueError(f"precision {precision!r}: expected float32, tf32, bfloat16 or None")
-    features = _CentredFeatures(sources, m, precision, memory, batch)
-    pairs, diagonal, rows = _sum_over_pairs(features, m)
-    pairs, diagonal, rows = (t.cpu().double() for t in (pairs, diagonal, rows))
-
-    off = 2 * pairs  # both triangles
-    squares, traces = diagonal @ diagonal.T, diagonal.sum(1)  # sums over i of K'_ii L'_ii, and of K'_ii
-    hsic = off + squares
-    unbiased = torch.full_like(hsic, math.nan)
-    if m > 3:  # Song et al. 2012, Eq. (5); with its diagonal removed, row i of K' sums to -K'_ii
-        unbiased = off + torch.outer(traces, traces) / ((m - 1) * (m - 2)) - squares * (2 / (m - 2))
-    carried = rows + diagonal ** 2  # (L, m): what each sample's row adds to HSIC(K, K)
-    top = carried.topk(-(-m // 100), dim=1)
-    constant = (hsic.diagonal() == 0).nonzero().flatten().tolist()
-    for layer in constant:
-        warnings.warn(f"layer {layer} ({features.name(layer)}) is constant over samples: its CKA is NaN", stacklevel=2)
-    return GramStatistics(_normalise(hsic), _normalise(unbiased), top.values.sum(1) / carried.sum(1), top.indices, constant)
+    with contextlib.ExitStack() as surroundings:  # of the caller: they must not change the numbers
+        surroundings.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda", "mps"):
+            surroundings.enter_context(torch.autocast(kind, enabled=False))
+        features = _Features(sources, int(m), precision, batch)
+        memory = int(free_memory(features.device) * 0.8 if memory is None else memory)
+        widths = [[len(layer.first) for layer in layers] for layers in features.known]
+        blocks = plan(widths, features.m, memory, features.batch, features.held, features.dtype.itemsize,
+                      features.product_dtype.itemsize)
+        return _statistics(features, *(_by_tiles(features, blocks) if blocks else _by_features(features, dominance)))
 
 
-def _normalise(hsic):
-    norms = hsic.diagonal().sqrt()  # one by one: the product of two could overflow
-    return hsic / norms[:, None] / norms[None, :]
+def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4):
+    """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
-
-class _Moments:
-    """Sum and range of one layer's features, added batch by batch.
-
-    They come as differences from the first sample: exactly zero for a constant, and accurate for any mean.
+    0 stands for the form for fewer features than samples. widths: per source, its layers' numbers of features. held:
+    per source, bytes per sample that its suspended calls keep; None: its largest layer, as in a network that is
+    computed layer by layer. A source is asked for every sample once if there is one block, else once per block and
+    once more. ValueError with the bytes needed if not even blocks of a few samples fit.
     """
+    layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
+    held = largest * itemsize if held is None else max(held)
+    if features < m and itemsize * (features * (m + 3 * TENTHS * features) + 2 * m * largest) <= memory:
+        return 0
 
-    def __init__(self, first):
-        self.sums, self.low, self.high = 0.0, first.new_zeros(()), first.new_zeros(())
+    def needed(blocks):
+        rows = -(-m // blocks)
+        once = 2 * itemsize * (features + layers * m)  # first sample and mean of all layers; what is known of rows
+        if blocks == 1:  # a triangle, all samples of one layer, and once more if rounded
+            short = product_itemsize if product_itemsize < itemsize else 0
+            return once + itemsize * layers * rows * (rows + STRIP) // 2 + rows * (largest * (itemsize + short) + held)
+        return once + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
-    def add(self, x):
-        """Counts the samples x (n, p)."""
-        self.sums = self.sums + x.sum(0).to(_wide(x.device))
-        least, most = torch.aminmax(x)
-        self.low, self.high = torch.minimum(self.low, least), torch.maximum(self.high, most)
+    most = -(-m // min(batch, 8))
+    blocks = next((blocks for blocks in range(1, most + 1) if needed(blocks) <= memory), None)
+    if blocks is None:
+        raise ValueError(f"memory={memory} bytes is too little: at least {needed(most)} are needed")
+    return blocks
 
 
-class _CentredFeatures:
-    """The features of all sources, centred over all samples and scaled per layer; kept, or computed when asked for."""
+class _Features:
+    """The features of all sources: asked for, checked, and centred over all samples and scaled, layer by layer."""
 
-    def __init__(self, sources, m, precision, memory, batch):
-        self.sources, self.m, self.first, self.generators = sources, m, [], True
-        for s in range(len(sources)):
-            self.first.append([x[0].clone() for x in self._ask(s, 0, 1)])  # sample 0 of every layer
-        self.sizes = [len(layers) for layers in self.first]
-        everything = [x for layers in self.first for x in layers]
-        self.device = everything[0].device
-        self.dtype = max((x.dtype for x in everything), key=lambda dtype: dtype.itemsize)
-        self.precision = precision or ("bfloat16" if has_bf16(self.device) else "float32")
-        self.memory = free_memory(self.device) // 2 if memory is None else int(memory)
-        self.bytes = [sum(x.nbytes for x in layers) for layers in self.first]  # of one sample, per source
-        self.batch = max(1, min(batch, self.memory // 8 // max(self.bytes)))
-        self.shift, self.scale = ([[] for _ in sources] for _ in range(2))  # per source, lists over layers
-        self.kept = self.buffer = None
-        everything, layer = m * sum(self.bytes), m * max(x.nbytes for x in everything)
-        one = layer + (2 * layer if self.generators else m * max(self.bytes))  # what `in_turn` needs
-        grams = self.dtype.itemsize * m * m * sum(self.sizes)
-        if one + grams / 2 < everything and one + grams <= 0.75 * self.memory:
-            self.buffer = torch.empty(layer, dtype=torch.uint8, device=self.device)
-        elif everything <= 0.75 * self.memory:
-            self.kept = [[x.new_empty(m, len(x)) for x in layers] for layers in self.first]
-        if self.buffer is None:
-            for s in range(len(sources)):
-                self._measure(s)
-        for s, layers in enumerate(self.kept or []):
-            for i, x in enumerate(layers):
-                layers[i] = self._centred(x, s, i)
+    def __init__(self, sources, m, precision, batch):
+        if not isinstance(sources, (list, tuple)) or not sources:
+            raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
+        self.sources, self.m, self.batch = sources, m, max(1, min(m, batch))
+        self.few, self.device, self.dtype = False, None, None  # known after the look at all sources
+        self.known, self.held, self.copied = [[] for _ in sources], [0] * len(sources), [False] * len(sources)
+        first = [_look(self, s) for s in range(len(sources))]  # sample 0 of all layers
+        self.device = first[0][0].device
+        self.dtype = max((x.dtype for layers in first for x in layers), key=lambda dtype: dtype.itemsize)
+        self.precision = "float64" if self.dtype == torch.float64 else _precision(precision, self.device, m)
+        short = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        self.product_dtype = short.get(self.precision, self.dtype)
+        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype), m)
+                       for i, x in enumerate(layers)] for s, layers in enumerate(first)]
+        self.every = [layer for layers in self.known for layer in layers]
+        # random tenths: no order of samples, sorted by class or class after class, makes one of them a class
+        self.tenths = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % TENTHS
 
-    def _measure(self, s):
-        """Pass one over source s: each layer's `shift` and `scale`; stores the features if they are kept."""
-        first, progress = self.first[s], _Progress(f"CKA: features of source {s}", self.m)
-        moments = [_Moments(x) for x in first]
-        for a, b in self._chunks(0, self.m):
-            for i, x in enumerate(self._ask(s, a, b)):
-                moments[i].add(torch.sub(x, first[i], out=self.kept[s][i][a:b] if self.kept else None))
-            progress.add(b - a)
-        progress.close()
-        for i in range(len(first)):
-            self._settle(s, i, moments[i])
+    def ask(self, s, start, stop, note=None):
+        """Yields the layers of one call, checked, as floats (stop - start, p); holds on to none of them.
 
-    def in_turn(self, s):
-        """Yields all samples of source s, (m, p) and centred, one layer after another, always in the same memory.
-
-        The source's calls for all batches go on side by side, each asked for one layer at a time: a generator holds no more
-        than it needs to compute the next.
+        `note` is called with every layer in the source's own memory.
         """
-        asked = [(a, b, self._ask(s, a, b)) for a, b in self._chunks(0, self.m)]
-        for i, first in enumerate(self.first[s]):
-            whole, moments = self.buffer[:self.m * first.nbytes].view(first.dtype).view(self.m, len(first)), _Moments(first)
-            for a, b, layers in asked:
-                moments.add(torch.sub(next(layers), first, out=whole[a:b]))
-            self._settle(s, i, moments)
-            yield self._centred(whole, s, i)
-        for _, _, layers in asked:
+        layers, known, i = self.sources[s](start, stop), self.known[s], 0
+        layers = layers.values() if isinstance(layers, dict) else layers
+        if isinstance(layers, (str, torch.Tensor)) or hasattr(layers, "dtype") or not hasattr(layers, "__iter__"):
+            raise ValueError(f"source {s} returned a {type(layers).__name__}; {SOURCE}")
+        if self.copied[s]:
+            layers = [torch.as_tensor(x).clone() for x in layers]
+        for x in layers:
+            x = _checked(x, stop - start, f"source {s}, layer {i}, samples {start} to {stop - 1}")
+            if known and (i >= len(known) or len(known[i].first) != x.shape[1]):
+                raise ValueError(f"source {s}, layer {i}: not there, or of another size, for the first samples")
+            if note:
+                note(x)
+            wide = x.dtype == torch.float64 or (x.dtype.itemsize > 2 and not x.dtype.is_floating_point)
+            passing = [x.to(self.device or x.device, self.dtype or (torch.float64 if wide else torch.float32))]
+            del x
+            i += 1
+            yield passing.pop()
+        if i != (len(known) or max(i, 1)):
+            raise ValueError(f"source {s} returned {i} layers for samples {start} to {stop - 1}; {SOURCE}")
+
+    def open(self, s, start, stop):
+        """(start, stop, layers) of the calls, a batch each, that cover these samples; nothing is computed yet."""
+        edges = [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
+        return [(a, b, self.ask(s, a, b)) for a, b in edges]
+
+    def layers(self, s, start, stop, place=None):
+        """Yields the layers of source s, (stop - start, p) and centred, each in the memory place(layer, dtype).
+
+        The calls for all batches go on side by side, a layer at a time: a generator holds no more than it needs for
+        the next. Without a place, or where all samples come at once, the layers' means are found first.
+        """
+        calls = self.open(s, start, stop)
+        for layer in self.known[s]:
+            if layer.scale is not None:
+                whole = place(layer, self.product_dtype)
+                for a, b, layers in calls:
+                    whole[a - start:b - start] = layer.centred(next(layers) - layer.first)
+            else:
+                whole = place(layer, self.dtype) if place else None
+                for a, b, layers in calls:
+                    layer.count(torch.sub(next(layers), layer.first, out=whole[a:b] if place else None))
+                if stop == self.m:
+                    layer.settle()
+                    whole = layer.centred(whole, out=whole).to(self.product_dtype) if place else None
+            yield whole
+        for _, _, layers in calls:
             next(layers, None)  # more layers than before are an error
 
-    def _settle(self, s, i, moments):
-        """Appends layer i's `shift`, its mean from the first sample on, and its `scale`, to those of source s."""
-        spread = moments.high.cpu().double() - moments.low.cpu().double()
-        if not spread.isfinite():
+    def refuse_infinite(self):
+        """ValueError that names the first layer whose features are not all finite. Waits for the device."""
+        for layer, finite in zip(self.every, torch.stack([x.size for x in self.every]).isfinite().tolist()):
+            if not finite:
+                raise ValueError(f"{layer.name}: features contain NaN or infinite values")
+
+
+class _Layer:
+    """What is known of one layer: its first sample; then, from the differences from it, its mean and its size.
+
+    Differences are exactly 0 for a constant layer, and accurate for any mean.
+    """
+
+    def __init__(self, name, first, m):
+        self.name, self.first, self.m = name, first, m
+        self.sum, self.size, self.shift, self.scale = 0.0, first.new_zeros(()), None, None
+
+    def count(self, x):
+        """Adds the differences x (n, p) of some samples."""
+        self.sum = self.sum + x.sum(0).to(_wide(x.device))
+        least, most = torch.aminmax(x)
+        self.size = torch.maximum(self.size, torch.maximum(most, -least))
+
+    def settle(self):
+        """Ends the counting. The scale is a power of two that makes the largest difference about 1,000.
+
+        So no product overflows, and float16 has room below.
+        """
+        limit = 1000 if self.first.dtype == torch.float64 else 120
+        size = self.size.clamp(min=torch.finfo(self.first.dtype).tiny).log2().ceil()
+        self.scale = torch.exp2((10 - size).clamp(-limit, limit))
+        self.shift, self.sum = (self.sum / self.m).to(self.first.dtype) * -self.scale, None
+
+    def centred(self, x, out=None):
+        """Differences x (n, p) -> centred over all samples and scaled."""
+        return torch.addcmul(self.shift, x, self.scale, out=out)
+
+
+def _checked(x, rows, where):
+    """A layer as a real tensor (rows, p); ValueError that says where if it is none."""
+    try:
+        x = torch.as_tensor(x).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{where}: a {type(x).__name__} in place of a tensor; {SOURCE}") from None
+    if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
+        raise ValueError(f"{where}: {x.dtype} features of shape {tuple(x.shape)}, expected {rows} rows of real numbers")
+    return x.reshape(rows, -1)
+
+
+def _look(features, s):
+    """Sample 0 of all layers of source s, which is asked for a few samples at once and by two calls side by side.
+
+    Notes what a suspended call holds per sample. If the answers differ, but not where one call is over before the
+    next begins, calls share state and will be copied. Otherwise the source is refused.
+    """
+    if not callable(features.sources[s]):
+        raise ValueError(f"source {s} is a {type(features.sources[s]).__name__}, not a function; {SOURCE}")
+    few, half, raw = min(features.m, 4), min(features.m, 4) // 2, []
+    layers, held = _side_by_side(features, s, [(0, few)], raw.append)
+    for i, x in enumerate(layers):
+        if not x.isfinite().all():
             raise ValueError(f"source {s}, layer {i}: features contain NaN or infinite values")
-        self.shift[s].append((moments.sums / self.m).to(self.first[s][i].dtype))
-        # a power of two that brings the features to about 1: exact, and no product can overflow or vanish
-        self.scale[s].append(2.0 ** -torch.frexp(spread).exponent.clamp(-120, 120).item())
-
-    def _ask(self, s, a, b):
-        """Yields the source's features of samples a to b - 1, layer after layer, each (b - a, p) float32 or float64."""
-        known, i = self.first[s] if len(self.first) > s else None, -1
-        features = self.sources[s](a, b)
-        self.generators = self.generators and inspect.isgenerator(features)
-        for i, x in enumerate(features):
-            x = torch.as_tensor(x)
-            if x.ndim == 0 or len(x) != b - a:
-                raise ValueError(f"source {s} must return tensors of {b - a} rows for samples {a} to {b - 1}, got one of "
-                                 f"shape {tuple(x.shape)}")
-            x = x.reshape(b - a, x.numel() // (b - a))
-            if x.shape[1] == 0 or (known and (i >= len(known) or x.shape[1:] != known[i].shape)):
-                raise ValueError(f"source {s} returned features of size 0, or of other sizes than for sample 0")
-            yield x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if i + 1 != (len(known) if known else max(1, i + 1)):
-            raise ValueError(f"source {s} returned {i + 1} layers for samples {a} to {b - 1}, expected "
-                             f"{len(known) if known else 'one at least'}")
-
-    def _centred(self, x, s, i):
-        """x - first sample (overwritten) -> centred and scaled, in the type that is multiplied."""
-        scale = self.scale[s][i]
-        torch.addcmul(self.shift[s][i] * -scale, x, x.new_full((), scale), out=x)  # (x - shift) scale, in one go
-        if self.precision == "bfloat16" and x.device.type == "cuda":
-            return x.bfloat16()
-        if self.precision == "bfloat16" and (x.dtype == torch.float64 or not has_bf16(x.device)):
-            x.copy_(x.bfloat16())  # what torch's bf16 mode does to float32 inputs where there is hardware for it
-        return x
-
-    def _chunks(self, a, b):
-        for c in range(a, b, self.batch):
-            yield c, min(c + self.batch, b)
-
-    def pieces(self, s, a, b):
-        """Yields (layer, start, stop, (stop - start, p)) that cover samples a to b - 1 of source s, all its layers."""
-        if self.kept is not None and a < b:
-            for i, x in enumerate(self.kept[s]):
-                yield i, a, b, x[a:b]
-            return
-        for c, d in self._chunks(a, b):
-            for i, x in enumerate(self._ask(s, c, d)):
-                yield i, c, d, self._centred(x - self.first[s][i], s, i)
-
-    def rows(self, s, a, b):
-        """The list of (b - a, p) of source s."""
-        if self.kept is not None:
-            return [x[a:b] for x in self.kept[s]]
-        whole = [None] * self.sizes[s]
-        for i, c, d, x in self.pieces(s, a, b):
-            if whole[i] is None:
-                whole[i] = x.new_empty(b - a, x.shape[1])
-            whole[i][c - a:d - a] = x
-        return whole
-
-    def rows_that_fit(self, a):
-        """How many rows, from row a, the memory has room for with all their tiles (and, if not kept, their features)."""
-        if self.buffer is not None:
-            return self.m
-        width, layers = self.m - a, sum(self.sizes)
-        tile = self.dtype.itemsize * width * (layers + 2)  # one row of every layer's tile; two for temporaries
-        if self.kept is not None:
-            used, row, most = sum(x.nbytes for layers in self.kept for x in layers), tile, 1024
-        else:
-            passing = 3 * self.batch * max(self.bytes)  # a batch on its way: asked for, centred, and the one before
-            used, row, most = passing + 2 * sum(self.bytes), tile + max(self.bytes), width
-        fits = (self.memory - used) // row
-        if fits < 1:
-            raise ValueError(f"memory={self.memory} bytes is too little: one row of tiles and one batch of features need "
-                             f"{used + row}")
-        return int(min(width, most, fits))
-
-    def name(self, layer):
-        """ "source s, layer i" of a layer's number among all."""
-        for s, size in enumerate(self.sizes):
-            if layer < size:
-                return f"source {s}, layer {layer}"
-            layer -= size
+    same = [(i, j) for j, y in enumerate(raw) for i, x in enumerate(raw[:j])
+            if x.data_ptr() == y.data_ptr() and x.numel() == y.numel() and torch.equal(layers[i], layers[j])]
+    if same:
+        warnings.warn(f"source {s}: layers {same[0][0]} and {same[0][1]} are the same memory ({len(same)} such pairs): "
+                      "if a hook returned one before the network overwrote it, clone it in the hook", stacklevel=5)
+    raw.clear()
+    halves = [(0, half), (half, few)]
+    others, held_by_half = _side_by_side(features, s, halves)
+    if _agree(layers, others):
+        features.held[s] = max(0, *(a - b for a, b in zip(held, held_by_half))) // (few - half)
+    else:
+        features.copied[s], features.held[s] = True, sum(x[0].nbytes for x in layers)
+        if not _agree(layers, _side_by_side(features, s, halves)[0]):
+            raise ValueError(f"source {s} gives other features when asked again: dropout or batch norm in training "
+                             f"mode, or samples in another order? {SOURCE}")
+    return [x[0].clone() for x in layers]
 
 
-def _sum_over_pairs(features, m):
-    """Pass two: sums over i < j of K'_ij L'_ij (L, L) in float64, diagonals K'_ii (L, m), row sums of squares (L, m)."""
-    count = sum(features.sizes)
-    pairs = torch.zeros(count, count, dtype=_wide(features.device), device=features.device)
-    diagonal, rows = (torch.zeros(count, m, dtype=features.dtype, device=features.device) for _ in range(2))
-    progress = _Progress("CKA: Gram matrices", m * m * len(features.sizes) // 2)
-    a, memory = 0, None
-    while a < m:
-        b = a + features.rows_that_fit(a)
-        if memory is None or features.kept is None:  # else in the memory of the last block's: new memory is slow at first
-            tiles = memory = None  # both let go of the old block's first
-            memory = torch.empty(count * (b - a) * (m - a), dtype=features.dtype, device=features.device)
-        b = min(b, a + len(memory) // (count * (m - a)))
-        tiles = memory[:count * (b - a) * (m - a)].view(count, b - a, m - a)
-        _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress)
-        a = b
+def _side_by_side(features, s, edges, note=None):
+    """Copies of the layers from calls that take turns, and the bytes that the first one holds after each."""
+    calls = [features.ask(s, a, b, note) for a, b in edges]
+    layers, held = [], []
+    for x in calls[0]:
+        layers.append(torch.cat([x.clone(), *(next(call).clone() for call in calls[1:])]))
+        held.append(_held_by(calls[0]))
+    return layers, held
+
+
+def _agree(layers, others):
+    """True if two answers are the same but for kernels that round by the batch: far below the samples' spread."""
+    for x, y in zip(layers, others):
+        unit = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
+        x, y = x / unit, y / unit
+        if not (x - y).norm() <= 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
+            return False
+    return len(layers) == len(others)
+
+
+def _held_by(call):
+    """Bytes of the tensors that a suspended call keeps alive: those in its frames and in containers found there."""
+    containers = (list, tuple, dict, set, types.FrameType, types.CellType)
+    seen, storages, waiting = {}, {}, [call]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, dict) and "__builtins__" in thing:  # the latter: a module's names
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif hasattr(thing, "__next__") or isinstance(thing, containers):
+            waiting.extend(gc.get_referents(thing))
+    return sum(storages.values())
+
+
+class _Strip(NamedTuple):
+    """Some rows of every layer's Gram matrix, with the columns sorted by the tenth that their samples belong to."""
+
+    row: int  # the sample of the first row
+    column: int  # the sample of the first column before sorting
+    order: torch.Tensor  # (n,) int64: where each column stood before sorting
+    ends: list  # where the columns of each tenth end
+    values: torch.Tensor  # (L, rows, n); 0 on and below the diagonal
+
+
+def _by_tiles(features, blocks):
+    """For `_statistics`: its four sums, tile by tile over all pairs of blocks of samples."""
+    m, count, dtype, device = features.m, len(features.every), features.dtype, features.device
+    size = -(-m // blocks)
+    edges = [(a, min(a + size, m)) for a in range(0, m, size)]
+    progress = _Progress("CKA", m * count * (len(edges) + 1 if len(edges) > 1 else 1))
+    for rows in edges if len(edges) > 1 else ():  # the means first
+        for s in range(len(features.sources)):
+            for _ in features.layers(s, *rows):
+                progress.add(rows[1] - rows[0])
+    # sums over i < j: by the tenth of i, by that of j, where both are of the same
+    pairs = torch.zeros(3, TENTHS, count, count, dtype=_wide(device), device=device)
+    diagonal, row_sums = (torch.zeros(count, m, dtype=dtype, device=device) for _ in range(2))
+    # all memory is used again and again: new memory is slow at first
+    triangle = sum(min(STRIP, size - a) * (size - a) for a in range(0, size, STRIP))
+    tile = torch.empty(count * (size ** 2 if len(edges) > 1 else triangle), dtype=dtype, device=device)
+    largest = size * max(len(layer.first) for layer in features.every)
+    layer = torch.empty(largest, dtype=features.product_dtype if len(edges) > 1 else dtype, device=device)
+    for i, rows in enumerate(edges):
+        for columns in edges[i:]:
+            strips = _strips(tile, features.tenths, rows, columns, count)
+            _fill(strips, features, rows, columns, layer, diagonal, progress)
+            with _float32_products():
+                for strip in strips:
+                    _add(strip, features.tenths, pairs, row_sums)
     progress.close()
-    return pairs, diagonal, rows
+    features.refuse_infinite()
+    pairs = pairs.cpu().double()
+    return 2 * pairs[0].sum(0), 2 * (pairs[0] + pairs[1] - pairs[2]), diagonal, row_sums + diagonal.square()
 
 
-def _add_block(features, a, b, m, tiles, pairs, diagonal, rows, progress):
-    """Adds rows a to b - 1 of every layer's upper triangle, formed in `tiles`, to the sums of `_sum_over_pairs`.
+def _strips(memory, tenths, rows, columns, count):
+    """The strips of a tile, in `memory`: those of its upper triangle, or all its rows in one."""
+    strips, used = [], 0
+    height = STRIP if rows == columns else rows[1] - rows[0]
+    for row in range(*rows, height):
+        column = max(row, columns[0])
+        among = tenths[column:columns[1]]
+        ends = among.bincount(minlength=TENTHS).cumsum(0).tolist()
+        shape = count, min(height, rows[1] - row), len(among)
+        values = memory[used:used + math.prod(shape)].view(shape)
+        strips.append(_Strip(row, column, among.argsort(stable=True).to(memory.device), ends, values))
+        used += math.prod(shape)
+    return strips
 
-    Float32 sums are over 2,048 numbers at most.
+
+def _fill(strips, features, rows, columns, memory, diagonal, progress):
+    """Forms every layer's Gram matrix in a tile's strips, and its diagonal if the tile is on it."""
+    def place(layer, dtype):
+        shape = rows[1] - rows[0], len(layer.first)
+        return memory[:math.prod(shape)].view(shape)
+
+    places, index = strips[0].order.argsort(), 0  # where the columns go, if they are all in one strip
+    for s, known in enumerate(features.known):
+        others = features.open(s, *columns) if rows != columns else []
+        for layer, x in zip(known, features.layers(s, *rows, place)):
+            if rows == columns:
+                diagonal[index, rows[0]:rows[1]] = _fill_triangle(x, strips, index, features)
+            for a, b, layers in others:
+                y = layer.centred(next(layers) - layer.first).to(x.dtype)
+                strips[0].values[index].index_copy_(1, places[a - columns[0]:b - columns[0]], _product(x, y, features))
+            progress.add(rows[1] - rows[0] + sum(b - a for a, b, _ in others))
+            index += 1
+        for _, _, layers in others:
+            next(layers, None)  # more layers than before are an error
+
+
+def _fill_triangle(x, strips, index, features):
+    """Writes the entries of x @ x.T above the diagonal into a layer's strips; returns the diagonal."""
+    diagonal = x.new_empty(len(x), dtype=features.dtype)
+    for top in range(0, len(x), BAND):
+        end = min(top + BAND, len(x))
+        right = _product(x[top:end], x[end:], features)
+        for strip in strips[top // STRIP:-(-end // STRIP)]:
+            a = strip.row - strips[0].row
+            b = a + strip.values.shape[1]
+            corner = _product(x[a:b], x[a:end], features)
+            diagonal[a:b] = corner.diagonal()
+            columns = torch.cat([corner.triu_(1), right[a - top:b - top]], 1)
+            torch.index_select(columns, 1, strip.order, out=strip.values[index])
+    return diagonal
+
+
+def _product(x, y, features):
+    """x @ y.T in the precision asked for, as float32 (float64 for float64 features)."""
+    if len(y) == 0:
+        return x.new_empty(len(x), 0, dtype=features.dtype)
+    with _float32_products(tf32=features.precision == "tf32"):
+        if x.dtype == features.dtype or x.device.type == "cpu":
+            return (x @ y.mT).to(features.dtype)
+        return torch.mm(x, y.mT, out_dtype=features.dtype)
+
+
+def _add(strip, tenths, pairs, row_sums):
+    """Adds a strip's entries, multiplied for all pairs of layers, to the sums; float32 sums are of at most 2,048."""
+    samples = strip.column + strip.order
+    for a in range(0, strip.values.shape[1], STRIP):
+        part = strip.values[:, a:a + STRIP]
+        rows = slice(strip.row + a, strip.row + a + part.shape[1])
+        squares = torch.zeros_like(part[:, 0])
+        for row in part.unbind(1):
+            squares.addcmul_(row, row)
+        row_sums.index_add_(1, samples, squares)
+        own, start = tenths[rows].to(part.device), 0
+        for g, end in enumerate(strip.ends):
+            for piece in part[:, :, start:end].split(2048, dim=2) if end > start else ():
+                products = torch.bmm(piece.transpose(0, 1), piece.permute(1, 2, 0))  # of pairs of layers, row by row
+                row_sums[:, rows] += products.diagonal(dim1=1, dim2=2).T
+                by_tenth = torch.zeros_like(pairs[0]).index_add_(0, own, products.to(pairs.dtype))
+                pairs[0] += by_tenth
+                pairs[1, g] += by_tenth.sum(0)
+                pairs[2, g] += by_tenth[g]
+            start = end
+
+
+def _by_features(features, dominance):
+    """For `_statistics`: its sums where there are fewer features than samples, from HSIC(K, L) = |Xt Y|^2."""
+    widths, m, device = [len(layer.first) for layer in features.every], features.m, features.device
+    ends = torch.tensor([0, *widths], device="cpu").cumsum(0).tolist()
+    columns = [slice(a, b) for a, b in zip(ends, ends[1:])]
+    where = dict(zip(features.every, columns))
+    every = torch.empty(m, ends[-1], dtype=features.dtype, device=device)  # all layers side by side
+    features.product_dtype, features.few = features.dtype, True
+    for s in range(len(features.sources)):
+        for _ in features.layers(s, 0, m, lambda layer, dtype: every[:, where[layer]]):
+            pass
+    features.refuse_infinite()
+    owner = torch.block_diag(*(torch.ones(p, 1, dtype=_wide(device), device=device) for p in widths))  # (P, L)
+    products = [owner.new_zeros(ends[-1], ends[-1]) for _ in range(TENTHS)]
+    with _float32_products():
+        for g in range(TENTHS):
+            for some in every[(features.tenths == g).to(device)].split(ROWS):
+                for own in columns:
+                    products[g][own, own.start:] += some[:, own].T @ some[:, own.start:]
+        whole = sum(products)
+        rows = torch.full((len(widths), m), math.nan, dtype=every.dtype, device=device)
+        for row, own in zip(rows, columns) if dominance else ():
+            row.copy_((every[:, own] @ whole[own, own].to(every.dtype)).mul_(every[:, own]).sum(1))
+    diagonal = torch.stack([every[:, own].square().sum(1) for own in columns])
+    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *products)]).triu()
+    hsic = (hsic + hsic.triu(1).mT).cpu().double()
+    squares = _squares(diagonal.cpu().double(), features.tenths)
+    return hsic[0] - squares.sum(0), hsic[0] - hsic[1:] - squares, diagonal, rows
+
+
+def _squares(diagonal, tenths):
+    """(10, L, L): sums of K'_ii L'_ii over the samples of each tenth."""
+    return torch.stack([diagonal * (tenths == g) @ diagonal.T for g in range(TENTHS)])
+
+
+def _statistics(features, off, removed, diagonal, rows):
+    """`GramStatistics` from sums over samples.
+
+    off (L, L): K'_ij L'_ij over all i != j; removed (10, L, L): over those with i or j of a tenth; diagonal (L, m):
+    K'_ii; rows (L, m): K'_ij^2 over j. A tenth that is left out leaves the means as they are.
     """
-    layer = 0
-    for s, size in enumerate(features.sizes):
-        _fill_tiles(features, s, a, b, m, tiles[layer:layer + size], progress)
-        layer += size
-    with _matmul_precision("float32"):
-        for r in range(a, b, 64):
-            strip = tiles[:, r - a:r - a + 64, r - a:]
-            end = r + strip.shape[1]
-            corner = strip[:, :, :end - r]
-            diagonal[:, r:end] = corner.diagonal(dim1=1, dim2=2)
-            corner.triu_(1)
-            columns = torch.zeros_like(strip[:, 0])  # of their own: float32 sums stay short
-            for row in strip.unbind(1):
-                columns.addcmul_(row, row)
-            rows[:, r:] += columns
-            for part in strip.transpose(0, 1).split(2048, dim=2):
-                products = torch.bmm(part, part.transpose(1, 2))  # of all pairs of layers, in each of the strip's rows
-                rows[:, r:end] += products.diagonal(dim1=1, dim2=2).T
-                pairs += products.to(pairs.dtype).sum(0)
+    diagonal, rows = diagonal.cpu().double(), rows.cpu().double()
+    squares = _squares(diagonal, features.tenths)
+    out = torch.stack([features.tenths == g for g in range(-1, TENTHS)]).double()  # nothing, then each tenth
+    off = torch.stack([off, *(off - removed)])
+    squares = torch.stack([squares.sum(0), *(squares.sum(0) - squares)])
+    hsic = off + squares
+    for layer, finite in zip(features.every, hsic[0].diagonal().isfinite().tolist()):
+        if not finite:
+            raise ValueError(f"{layer.name}: its HSIC is not finite")
+    n, traces = features.m - out.sum(1).view(-1, 1, 1), (1 - out) @ diagonal.T
+    # Song et al. 2012, Eq. (5); with its diagonal removed, row i of K' sums to -K'_ii
+    more, less = traces[:, :, None] * traces[:, None] / ((n - 1) * (n - 2)), squares * 2 / (n - 2)
+    unbiased = torch.where(n > 3, off + more - less, math.nan)
+
+    value, constant = unbiased[0].diagonal().clone(), hsic[0].diagonal() == 0
+    if features.few:  # the diagonal was taken off what includes it
+        more = more + hsic + squares
+    noise = (more + less)[0].diagonal() * _rounding(features)
+    lost = (value <= noise) & ~constant
+    shaky = (noise > 1e-4 * value) & ~lost & ~constant
+    unbiased[:, lost] = unbiased[:, :, lost] = math.nan
+    _warn("constant over samples, so CKA is NaN", constant, features)
+    _warn("debiased HSIC is all rounding errors, as so few samples matter, so debiased CKA is NaN", lost, features)
+    _warn("few samples matter, so debiased CKA may be off by more than 1e-4", shaky, features)
+    top = rows.topk(-(-features.m // 100), dim=1)
+    cka, debiased = _normalised(hsic), _normalised(unbiased)
+    return GramStatistics(cka[0], debiased[0], top.values.sum(1) / rows.sum(1), top.indices,
+                          constant.nonzero().flatten().tolist(), cka[1:], debiased[1:])
 
 
-def _fill_tiles(features, s, a, b, m, tiles, progress):
-    """tiles (layers of source s, b - a, m - a) = rows a to b - 1 of its Gram matrices from column a on, upper triangle."""
-    if features.buffer is not None:  # a and b are 0 and m
-        for x, tile in zip(features.in_turn(s), tiles, strict=True):  # strict: to the end of every source
-            with _matmul_precision(features.precision):
-                _upper_triangle(x, tile)
-            progress.add(m * m // 2 // len(tiles))
-        return
-    own = features.rows(s, a, b)
-    with _matmul_precision(features.precision):
-        for x, tile in zip(own, tiles):
-            _upper_triangle(x, tile[:, :b - a])
-    progress.add((b - a) ** 2 // 2)
-    for i, c, d, x in features.pieces(s, b, m):
-        with _matmul_precision(features.precision):
-            _multiply(own[i], x, tiles[i, :, c - a:d - a])
-        if i == len(tiles) - 1:
-            progress.add((b - a) * (d - c))
+def _warn(text, which, features):
+    """One warning about the layers that are True, if there are any."""
+    names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=5)
 
 
-def _multiply(x, y, out):
-    """out = x @ y.mT, of matrices or batches of them, with float32 results (float64 for float64 inputs)."""
-    if x.dtype == torch.bfloat16:
-        product = torch.mm if x.ndim == 2 else torch.bmm
-        out.copy_(product(x, y.mT, out_dtype=torch.float32))
-    elif (torch.backends.mkldnn.matmul.fp32_precision == "bf16" and x.ndim == 3
-          and x.stride(0) != x.shape[1] * x.shape[2]):  # oneDNN copies what does not lie side by side, MKL does not
-        for matrices in zip(x, y, out):
-            _multiply(*matrices)
-    elif x.ndim == 2 and x.dtype == out.dtype and x.device.type != "cpu":
-        torch.mm(x, y.mT, out=out)
-    else:  # a CPU's product into a part of a larger matrix can take a third longer than a copy does
-        out.copy_(x @ y.mT)
+def _normalised(hsic):
+    norms = hsic.diagonal(dim1=1, dim2=2).sqrt()  # one by one: the product of two could overflow
+    return hsic / norms[:, :, None] / norms[:, None]
 
 
-def _upper_triangle(x, out):
-    """The blocks of x @ x.T on and above the diagonal, by halves, so that little below it is computed.
+def _rounding(features):
+    """A bound of the relative rounding errors of what cancels, those that a whole row has in common included."""
+    unit = torch.finfo(features.dtype).eps / 2
+    if features.few:
+        return unit * ROWS / 4
+    inputs = {"bfloat16": 2.0 ** -8, "float16": 2.0 ** -11, "tf32": 2.0 ** -11}.get(features.precision, unit)
+    return 4 * inputs + unit * (4 + max(len(layer.first) for layer in features.every) ** 0.5 / 2)
 
-    Blocks of one size lie along the diagonal and are multiplied as one batch: small products one by one are slow.
-    """
-    levels = max(0, (len(x) // 64).bit_length() - 1)
-    size, whole = len(x) >> levels, len(x) >> levels << levels  # of the smallest blocks; what they cover
 
-    def blocks(count, size, column):  # of `out`: the first one starts in this column of row 0
-        step = whole // count * (out.stride(0) + 1)
-        return out.as_strided((count, size, size), (step, out.stride(0), 1), out.storage_offset() + column)
-
-    parts = x[:whole].view(-1, size, x.shape[1])
-    _multiply(parts, parts, blocks(len(parts), size, 0))
-    while size < whole:
-        parts = x[:whole].view(-1, 2, size, x.shape[1])
-        _multiply(parts[:, 0], parts[:, 1], blocks(len(parts), size, size))
-        size *= 2
-    if whole < len(x):
-        _multiply(x, x[whole:], out[:, whole:])
+def _precision(wanted, device, m):
+    """The precision of products: the one wanted, or a good one for m samples; ValueError if it is not to be had."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    short = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip  # float32 results: torch 2.8, CUDA
+    able = {"float16": short and major >= 7, "tf32": major >= 8, "float32": True,
+            "bfloat16": short and major >= 8 or device.type == "cpu" and has_bf16(device)}
+    names = [name for name in ("float16", "bfloat16", "tf32", "float32") if able[name]]
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"precision {wanted!r}: {device} with torch {torch.__version__} has {', '.join(names)}")
+    return wanted or (names[0] if m >= 512 else "float32")  # fewer samples: products are quick, and rounding shows
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision):
-    """torch's own switches for float32 products, set for a while."""
-    wanted = {torch.backends.cuda.matmul: "tf32" if precision == "tf32" else "ieee",
-              torch.backends.mkldnn.matmul: "bf16" if precision == "bfloat16" else "ieee"}
-    before = {backend: backend.fp32_precision for backend in wanted}
+def _float32_products(tf32=False):
+    """Products of float32 matrices are float32 (or TF32) ones, whatever the program chose; put back afterwards."""
+    switches = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    switches = [s for s in switches if hasattr(s, "fp32_precision")]  # torch 2.9; before, one function for all
+    before = [s.fp32_precision for s in switches] if switches else torch.get_float32_matmul_precision()
     try:
-        for backend, value in wanted.items():
-            backend.fp32_precision = value
+        if not switches:
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        for switch, wanted in zip(switches, ("tf32" if tf32 else "ieee", "ieee")):
+            switch.fp32_precision = wanted
         yield
     finally:
-        for backend, value in before.items():
-            backend.fp32_precision = value
+        if not switches:
+            torch.set_float32_matmul_precision(before)
+        for switch, value in zip(switches, before):
+            switch.fp32_precision = value
 
 
 def has_bf16(device):
     """True if `device` multiplies bfloat16 in hardware, so that it is faster than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def free_memory(device):
-    """Bytes free on a device: what the driver says, or what the kernel and the container's limit leave."""
+    """Bytes free on a device: what its driver says, or what the kernel and the container's limit leave."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    free = [4 << 30]  # where nobody says
-    with contextlib.suppress(OSError, ValueError, StopIteration):
+    if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
         with open("/proc/meminfo") as file:
-            free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
-    with contextlib.suppress(OSError, ValueError):  # the limit is the word "max" where there is none
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free.append(int(limit.read()) - int(used.read()))
-    return max(min(free), 1 << 28)
+            free.append(int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10)
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # where nobody says: half of what there is
+        free = free or [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # the container's; the word "max" where there is none
+            with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
+                free.append(int(most.read()) - int(now.read()))
+    return max(min(free, default=4 << 30), 1 << 28)
 
 
 def _wide(device):
@@ -2091,7 +2318,7 @@ class _Progress:
         if sys.stderr.isatty() and now - self.start > 3 and now - self.shown > 0.5:
             self.shown = now
             left = (now - self.start) * (self.total / max(1, self.done) - 1)
-            print(f"\r{self.what} {min(1, self.done / self.total):4.0%}, {left:.0f} s left   ", end="", file=sys.stderr)
+            print(f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   ", end="", file=sys.stderr)
 
     def close(self):
         """Clears the line, if one was shown."""
@@ -2100,122 +2327,67 @@ class _Progress:
 # ---- to here ----
 
 
-# ======================================================================================================================
-# 11. Figures: command line, networks, sources, findings, drawing
-# ======================================================================================================================
+# ============================================================================================================
+# 11. Figures
+# ============================================================================================================
+# What the four figure scripts share, in the order of use: command line, networks and images, measuring,
+# claims and their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2),
+# `<key>_debiased` the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
 
 LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
           for kind in ("odd", "even")]
 HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
-NAMES, COLORS = {"simclr": "SimCLR", "supervised": "Supervised"}, {"simclr": "tab:blue", "supervised": "tab:orange"}
+NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
+PAPER = "checkpoints/paper"  # where the training scripts put the networks of the full study
+FOREIGN = {  # what a state dict does not say about itself: flags for both sides, or --simclr-* for one
+    "image_size": {"type": number(int, low=8), "metavar": "N", "help": "pixels (default: 224; 3x3 stem: 32)"},
+    "mean": {"type": number(float, low=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
+    "std": {"type": number(float, above=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
+    "prefix": {"metavar": "TEXT", "help": "before conv1.weight, where a file holds several networks"},
+    "stem_padding": {"type": int, "choices": (1, 2), "help": "of a 3x3 stem (default: 1)"}}
 
 
 def figure_parser(doc):
     """The flags that all figure scripts share."""
     parser = Parser(doc)
-    add = parser.add_argument
-    add("--checkpoints", default="checkpoints/paper", help="folder of *_seed*.pt files (default: checkpoints/paper)")
-    for method in NAMES:
-        add(f"--{method}", nargs="+", metavar="FILE", help=f"networks in place of the folder's {method} ones: checkpoints of "
-            "this study, or state dicts of any torchvision ResNet-50")
-    add("--image-size", type=number(int, low=8), help="pixels for state dicts (default: 224, or 32 with a 3x3 stem)")
-    add("--mean", type=number(float, low=0), nargs=3, help="of the channels, for state dicts (default: ImageNet's)")
-    add("--std", type=number(float, above=0), nargs=3, help="of the channels, for state dicts (default: ImageNet's)")
-    add("--untrained", action="store_true", help="the same networks before training, in torchvision's standard initialisation")
-    add("--replot", action="store_true", help="draw again from the .npz in --out, without networks")
-    add("--out", help="folder for the .png and .npz (default: figures/<name of the checkpoint folder or of the files>)")
-    add("--data", help="as in training (default: what the networks were trained on; for state dicts: data)")
+    add = parser.add_argument_group("networks").add_argument
+    add("--checkpoints", type=os.path.expanduser, help="folder of "
+        f"*_seed*.pt files (default: {PAPER}, if no files)")
+    for method, name in NAMES.items():
+        add(f"--{method}", nargs="+", metavar="FILE", type=os.path.expanduser,
+            help="in place of the folder's: checkpoints of this study, or state dicts of a ResNet-50")
+        add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
+    add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
+    add = parser.add_argument_group("images and measuring").add_argument
+    add("--data", type=os.path.expanduser,
+        help="as in training (default: what the networks were trained on; for state dicts: data)")
+    add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
-    add("--debiased", action="store_true", help="debiased CKA instead of the biased one of Eq. (2)")
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
-    add("--precision", choices=("float32", "tf32", "bfloat16"),
+    add("--precision", choices=("float32", "tf32", "float16", "bfloat16"),
         help="of the Gram matrices' products (default: the fastest whose CKA error is below 1e-4)")
-    add("--memory", type=number(float, above=0), help="GB for CKA (default: half of what is free)")
+    add("--memory", type=number(float, above=0), help="GB for CKA (default: 80 %% of what is free)")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--out", type=os.path.expanduser,
+        help="folder for .png and .npz (default: figures/<name of the checkpoint folder or files>)")
+    add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
+    add("--replot", action="store_true", help="judge and draw again from the .npz in --out, without networks")
+    group = parser.add_argument_group("state dicts, which do not say how they want their images")
+    for name, options in FOREIGN.items():
+        flag = name.replace("_", "-")
+        group.add_argument(f"--{flag}", **options)
+        for method in NAMES:
+            group.add_argument(f"--{method}-{flag}", **options | {"help": None})
     return parser
 
 
-class Study(NamedTuple):
-    """What a figure is made from: networks per method in the order of their seeds, and the test images."""
-
-    args: object
-    device: torch.device
-    out: Path
-    networks: dict  # method -> list of models in eval mode, each with its `settings` and `name`
-    names: dict  # method -> what labels call it
-    data: Data
-    images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
-    labels: torch.Tensor  # (m,)
-
-
-def open_study(args, methods):
-    """`Study` of the networks of `methods`, from files or --checkpoints, after checking that everything needed is there."""
-    device, networks = pick_device(args.device), {}
-    names = {method: called for method, called in (NAMES | names_of_files(args)).items() if method in methods}
-    for method in methods:
-        files = getattr(args, method)
-        networks[method] = networks_in_files(args, method, device) if files else networks_in_folder(args, method, device)
-        if args.untrained:
-            networks[method] = [untrained(model, place, device) for place, model in enumerate(networks[method])]
-    settings = [model.settings for models in networks.values() for model in models]
-    if (args.image_size or args.mean or args.std) and not any("standardise" in s for s in settings):
-        raise UserError("--image-size, --mean and --std are for state dicts; checkpoints of this study know theirs: leave "
-                        "them out")
-    for name in ("stem", "image_size", "data"):
-        values = sorted({str(s[name]) for s in settings if s[name]})
-        if len(values) > 1:
-            warn(f"networks differ in {name}: {', '.join(values)}")
-    args.data = args.data or next((s["data"] for s in settings if s["data"]), "data")
-    data = load_data(args.data, device)
-    total = len(data.test_images)
-    if args.samples and args.samples > total:
-        raise UserError(f"--samples {args.samples}: the test set has {total} images")
-    m = args.samples or total
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:m].sort().values.to(device)
-    out = writable_folder(figure_folder(args))
-    return Study(args, device, out, networks, names, data, data.test_images[chosen], data.test_labels[chosen])
-
-
-def networks_in_folder(args, method, device):
-    """The networks of --checkpoints/<method>_seed*.pt, in the order of their seeds."""
-    folder = Path(args.checkpoints)
-    paths = sorted(folder.glob(f"{method}_seed*.pt"), key=lambda p: (len(p.name), p.name))
-    if not paths:
-        raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
-                        f"`python train_{method}.py --out {folder}`")
-    models = [load_model(path, device) for path in paths]
-    seeds = [(m.settings["method"], m.settings["seed"]) for m in models]
-    if len(set(seeds)) < len(seeds) or {m for m, _ in seeds} != {method}:
-        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks of different "
-                        "seeds; move the others away")
-    for path, model in zip(paths, models):
-        model.name = f"{NAMES[method]} seed {model.settings['seed']}"
-        warn_if_unfinished(path, model)
-    return models
-
-
-def warn_if_unfinished(path, model):
-    """A line on stderr if a checkpoint of ours is not from the end of its training."""
-    if model.settings.get("epoch", 0) < model.settings.get("epochs", 0):
-        warn(f"{path}: not finished, epoch {model.settings['epoch']} of {model.settings['epochs']}")
-
-
-def networks_in_files(args, method, device):
-    """The networks of the files given by --simclr or --supervised, in their order."""
-    paths = [Path(name) for name in getattr(args, method)]
-    if len({p.resolve() for p in paths}) < len(paths):
-        raise UserError(f"--{method}: each file once")
-    models = []
-    for path in paths:
-        model = load_any_model(path, method, device, args.image_size, args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
-        model.name = without_ending(path)
-        warn_if_unfinished(path, model)
-        if model.settings.get("left_out"):
-            warn(f"{path}: not of the backbone and left out: {some_of(model.settings['left_out'])}")
-        models.append(model)
-    return models
+def foreign_options(args, method=None):
+    """The flags given for state dicts of both sides, or of one `method`'s alone, by `load_model`'s names."""
+    given = {name: getattr(args, f"{method}_{name}" if method else name) for name in FOREIGN}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def without_ending(path):
@@ -2223,29 +2395,108 @@ def without_ending(path):
     return re.sub(r"(\.(pt|pth|tar|ckpt|bin))+$", "", Path(path).name)
 
 
-def names_of_files(args):
-    """What labels call the methods whose files are given: the files' names without ending and seed."""
-    names = {}
-    for with_folder in (False, True):  # the folder too, if the names alone do not tell the methods apart
-        for method in NAMES:
-            paths = [Path(name) for name in getattr(args, method) or []]
-            short = [re.sub(r"[-_.]?seed[-_]?[0-9]+$", "", without_ending(p)) or p.name for p in paths]
-            short = [f"{p.resolve().parent.name} {name}" if with_folder else name for p, name in zip(paths, short)]
-            if short:
-                names[method] = some_of(list(dict.fromkeys(short)), 2)
-        if len(set(names.values())) == len(names):
-            break
-    return names
+def side_label(args, method):
+    """What a figure calls the networks of one side."""
+    given, files = getattr(args, f"{method}_label"), getattr(args, method)
+    if given or not files:
+        return given or NAMES[method]
+    return without_ending(files[0]) + (f" and {len(files) - 1} more" if files[1:] else "")
 
 
-def untrained(model, place, device):
-    """`model` as before training, but in the standard initialisation: with a gamma of 0 odd layers would be constant.
+def figure_folder(args):
+    """The folder of a figure's files; a default one has no spaces, commas or the like in its name."""
+    if args.out:
+        return Path(args.out)
+    name = "-".join(side_label(args, method) for method in NAMES if getattr(args, method))
+    name = name or Path(args.checkpoints or PAPER).resolve().name
+    name = re.sub(r"[^\w.-]+", "_", name).strip("._-")[:100] or "figures"
+    return Path("figures") / (name + ("-untrained" if args.untrained else ""))
 
-    Its weights follow from its seed, or from its `place` among the files if it has none.
+
+class Study(NamedTuple):
+    """What a figure is made from: networks per method in the order of their seeds, and the test images."""
+
+    args: object
+    networks: dict  # method -> list of models in eval mode, each with its `settings` and `name`
+    data: Data
+    data_path: str
+    other_images: bool  # than those of the networks' training
+    images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
+    labels: torch.Tensor  # (m,)
+
+
+def open_study(args, methods):
+    """`Study` of the networks of `methods`; UserError if anything is missing or does not fit together."""
+    device = pick_device(args.device)
+    missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
+    if len(missing) == 1 < len(methods):
+        raise UserError(f"one side only: give --{missing[0]} FILE... too, or --checkpoints FOLDER; "
+                        "to compare the networks of one side with each other, use fig1_internal.py")
+    if len({side_label(args, method) for method in methods}) < len(methods):
+        raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
+                        "--simclr-label and --supervised-label")
+    networks = {method: load_networks(args, method, device) for method in methods}
+    settings = [model.settings for models in networks.values() for model in models]
+    both = foreign_options(args)
+    if both and all("preset" in s for s in settings):
+        flag = [*both][0].replace("_", "-")
+        raise UserError(f"--{flag} is for state dicts; checkpoints of this study know theirs: leave it out")
+    for name in ("stem", "image_size", "data"):
+        values = sorted({str(s[name]) for s in settings if s[name]})
+        if len(values) > 1:
+            warn(f"networks differ in {name}: {', '.join(values)}")
+    if args.untrained:
+        networks = {m: [untrained(model, i, device) for i, model in enumerate(networks[m])] for m in methods}
+    data, path, other_images = figure_data(args, settings, device)
+    total = len(data.test_images)
+    if args.samples and args.samples > total:
+        raise UserError(f"--samples {args.samples}: the test set has {total} images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    chosen = order[:args.samples or total].sort().values.to(device)
+    writable_folder(figure_folder(args))
+    return Study(args, networks, data, path, other_images, data.test_images[chosen], data.test_labels[chosen])
+
+
+def load_networks(args, method, device):
+    """The networks of one side: its files in their order, or --checkpoints/<method>_seed*.pt by seed."""
+    files, folder = getattr(args, method), Path(args.checkpoints or PAPER)
+    paths = [Path(name) for name in files or []]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"--{method}: each file once")
+    paths = paths or sorted(folder.glob(f"{method}_seed*.pt"), key=lambda path: (len(path.name), path.name))
+    if not paths:
+        raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
+                        f"`python train_{method}.py --out {folder}`")
+    own = foreign_options(args, method)
+    models = [load_model(path, device, method, **foreign_options(args) | own) for path in paths]
+    if own and all("preset" in model.settings for model in models):
+        flag = [*own][0].replace("_", "-")
+        raise UserError(f"--{method}-{flag} is for state dicts; these checkpoints know theirs: leave it out")
+    for path, model in zip(paths, models):
+        s = model.settings
+        model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"
+        if s.get("epoch", 0) < s.get("epochs", 0):
+            warn(f"{path}: not finished, epoch {s['epoch']} of {s['epochs']}")
+        if s.get("left_out"):
+            warn(f"{path}: not of the backbone and left out: {first_names(s['left_out'])}")
+        if s.get("note"):
+            print(f"{path}: {s['note']}")
+    seeds = [(model.settings["method"], model.settings["seed"]) for model in models]
+    if not files and (len(set(seeds)) < len(seeds) or {name for name, _ in seeds} != {method}):
+        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks "
+                        "of different seeds; move the others away")
+    return models
+
+
+def untrained(model, index, device):
+    """`model` before training, but in the standard initialisation: with a gamma of 0 odd layers are constant.
+
+    Its weights follow from its seed, or from its `index` among the files if it has none.
     """
     s = model.settings
-    seed = place if s["seed"] is None else s["seed"]
-    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
+    seed = index if s["seed"] is None else s["seed"]
+    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False,
+                        stem_padding=s.get("stem_padding", 1))
     if not isinstance(model.fc, ProjectionHead):
         fresh.fc = nn.Identity()
     fresh.settings = s | {"seed": seed, "epoch": 0, "untrained": True}
@@ -2253,83 +2504,58 @@ def untrained(model, place, device):
     return fresh.to(device, memory_format=torch.channels_last).eval()
 
 
-def figure_folder(args):
-    """The folder of a figure's files."""
-    name = "-".join(names_of_files(args).values()).replace(" ", "_") or Path(args.checkpoints).resolve().name or "figures"
-    return Path(args.out or Path("figures") / (name + ("-untrained" if args.untrained else "")))
+def figure_data(args, settings, device):
+    """(Data, its path, whether it is other data than the networks' training had).
 
-
-def layers_of(models):
-    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
-    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
+    Other data would judge the claims on images that nobody chose: refused, unless --data asks for it.
+    """
+    trained = [s for s in settings if s["data"]]
+    path = args.data or next((s["data"] for s in trained), "data")
+    data = load_data(path, device, download=args.download)
+    classes, statistics = data.classes, np.array(channel_statistics(data.train_images))
+    for s in trained:
+        theirs = np.array([s["mean"], s["std"]])
+        if s["classes"] == classes and abs(theirs - statistics).max() < 1e-3:
+            continue
+        text = "; ".join(f"{where}: {len(names)} classes ({first_names(names, 3)}), mean and deviation of "
+                         f"the channels {numbers.round(3).tolist()}" for where, names, numbers in (
+                             (f"trained on {s['data']}", s["classes"], theirs), (path, classes, statistics)))
+        if not args.data:
+            raise UserError(f"other images than the training's. {text}. Give the right folder with --data, "
+                            f"or --data {path} if you mean these")
+        warn(f"other images than the training's, and the title says so. {text}")
+        return data, path, True
+    return data, path, False
 
 
 def prepare(model, images, params=None):
-    """uint8 images as the network sees them: under its test pipeline, or augmented as in its training by `params`."""
+    """uint8 images as the network sees them: through its test pipeline, or augmented by `params`."""
     s = model.settings
-    if s["method"] == "simclr":
+    standard = s["image_size"], s["mean"], s["std"]
+    if s["method"] == "supervised":
+        x = (imagenet_test(images, *standard) if params is None else
+             imagenet_augment(images, *standard, params=params))
+    else:
         x = (simclr_test(images, s["image_size"]) if params is None else
              simclr_augment(images, s["image_size"], s["strength"], s["blur"], params=params))
         x = _standardise(x, s["mean"], s["std"]) if s.get("standardise") else x  # ours see [0, 1]
-    else:
-        standard = s["image_size"], s["mean"], s["std"]
-        x = imagenet_test(images, *standard) if params is None else imagenet_augment(images, *standard, params=params)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def copy_params(model, images, view):
-    """Training augmentation parameters for copy `view` (0 or 1) of a test set; the same for every network of a method."""
-    generator = generator_for(images.device, "augmented copy", view)
-    shape = len(images), *images.shape[2:], images.device, generator
-    if model.settings["method"] == "simclr":
-        return simclr_params(*shape, strength=model.settings["strength"])
-    return imagenet_params(*shape)
+def network_source(model, images, layers=range(32), params=None):
+    """A source for `gram_statistics`: the representations of images, or of their copy augmented by `params`.
 
-
-def network_source(model, images, view=None, layers=slice(None)):
-    """A source for `gram_statistics`: the representations of images, or of their augmented copy `view`.
-
-    `layers`, a slice or indices in rising order, picks among the network's 32 or (with a head) 35 representations.
+    `layers`, in rising order, are indices among the network's 32 or (with a head) 35.
     """
-    wanted = set(range(35)[layers] if isinstance(layers, slice) else layers)
-    params = None if view is None else copy_params(model, images, view)
 
     def source(start, stop):
         rows = slice(start, stop)
         inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
-        for i, (_, x) in enumerate(stream_representations(model, inputs, any_order=True)):
-            if i in wanted:
-                yield x
+        stream = stream_representations(model, inputs, any_order=True)
+        del inputs  # no generator here: its frame would hold on to each layer
+        return itertools.compress(map(operator.itemgetter(1), stream), (i in layers for i in range(35)))
 
     return source
-
-
-def measure(study, sources, names):
-    """(CKA (2, L, L), dominance (L,)) as numpy arrays; says which layers rest on few images.
-
-    The first CKA is the one that the flags ask for, the second that of the other estimator, biased or debiased.
-
-    `names`: one per layer of all sources, for the warnings.
-    """
-    args = study.args
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"):
-            try:
-                found = gram_statistics(sources, len(study.images), precision=args.precision, batch=args.batch_size,
-                                        memory=int(args.memory * 1e9) if args.memory else None)
-            except ValueError as error:
-                raise UserError(f"{error} (sources: {', '.join(dict.fromkeys(n.rsplit(' ', 1)[0] for n in names))})") from None
-    for layer in found.constant:
-        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
-    for other in caught:
-        if "is constant" not in str(other.message):
-            warn(str(other.message))
-    dominance = found.dominance.numpy()
-    for layer in np.flatnonzero(dominance > 0.5):
-        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K); its CKA rests on them")
-    both = torch.stack([found.cka, found.debiased_cka]).numpy()
-    return both[::-1] if args.debiased else both, dominance
 
 
 def layer_names(models, layers, note=""):
@@ -2337,108 +2563,180 @@ def layer_names(models, layers, note=""):
     return [f"{m.name}{note} {layer}" for m in models for layer in layers]
 
 
-def finding(identity, claim, *numbers):
-    """One claim of the paper, judged: a dict for `report`.
+def measure(study, sources, names):
+    """({ending: CKA}, dominance (L,)) as numpy arrays; says which layers are constant or rest on few images.
 
-    numbers: (label, values over pairs or networks, sign, threshold): the claim needs sign * values > sign * threshold.
-    It holds if that is true of the mean by more than the spread (with fewer than three values: of each), does not hold
-    if the opposite is, else is undecided; of several numbers the least favourable decides. Sign 0: only reported.
+    CKA is (L, L) under the endings "" and "_debiased", (10, L, L) under "_left_out" and "_debiased_left_out".
+    `names`: one per layer of all sources, for the warnings. UserError for features that are not finite.
     """
-    verdicts = []
-    for _, values, sign, threshold in numbers:
-        if sign == 0:
-            continue
-        margin = sign * (np.asarray(values, float) - threshold)
-        few = margin.size < 3
-        low, high = (margin.min(), margin.max()) if few else (margin.mean() - margin.std(), margin.mean() + margin.std())
-        verdicts.append("holds" if low > 0 else "does not hold" if high < 0 else "undecided")
-    verdict = next(v for v in ("does not hold", "undecided", "holds") if v in verdicts)
-    return {"id": identity, "claim": claim, "verdict": verdict,
-            "numbers": [(label, np.atleast_1d(np.asarray(values, float))) for label, values, _, _ in numbers]}
+    args = study.args
+    options = {"precision": args.precision, "memory": int(args.memory * 1e9) if args.memory else None}
+    advice = f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"
+    with warnings.catch_warnings(record=True) as caught, out_of_memory_advice(advice):
+        warnings.simplefilter("always")
+        try:
+            found = gram_statistics(sources, len(study.images), batch=args.batch_size, **options)
+        except ValueError as error:
+            asked = dict.fromkeys(name.rsplit(" ", 1)[0] for name in names)
+            raise UserError(f"{error} (sources: {', '.join(asked)})") from None
+    for layer in found.constant:
+        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
+    for warning in caught:
+        if "constant over samples" not in str(warning.message):
+            warn(re.sub(r"layer (\d+) \(.*?\)", lambda match: names[int(match[1])], str(warning.message)))
+    dominance = found.dominance.numpy()
+    for layer in np.flatnonzero(dominance > 0.5):
+        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K), so of its CKA")
+    cka = {"": found.cka, "_debiased": found.debiased_cka,
+           "_left_out": found.left_out.float(), "_debiased_left_out": found.debiased_left_out.float()}
+    return {ending: values.numpy() for ending, values in cka.items()}, dominance
 
 
-def rank_correlation(values):
-    """Spearman's correlation of values (..., n), along the last dimension, with 1 to n; ties share their mean rank."""
-    values = np.asarray(values, float)
-    below = values[..., :, None] > values[..., None, :]
-    ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
-    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
-    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
-        found = (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
-    return np.where(np.isnan(values).any(-1), np.nan, found)
+class Quantity(NamedTuple):
+    """A number behind a claim, one value per pair or network; the claim needs it within the bounds."""
+
+    label: str
+    values: np.ndarray
+    above: float = -math.inf
+    below: float = math.inf  # without bounds it is only reported
+    error: float = math.nan  # standard error over images of the values' mean; NaN: not known
+
+    def __str__(self):
+        error = "" if math.isnan(self.error) else f" [{self.error:.2g}]"
+        return f"{self.label} {self.values.mean():.3f} +- {self.values.std():.3f}{error}"
 
 
-def report(study, name, plot, arrays, findings, others):
-    """Prints the findings, one line each, and writes <out>/<name>.npz (arrays, findings, settings) and .png, `plot(arrays)`.
+class Claim(NamedTuple):
+    """A claim of the paper and the quantities that decide it."""
 
-    `others`: the same findings by the other estimator; their means and every verdict that changes are one more line.
+    id: str
+    text: str
+    quantities: list
+
+    def verdict(self):
+        """ "holds", "does not hold" or "undecided"; of several quantities the least favourable decides.
+
+        A quantity holds if its mean is within the bounds by more than the spread; with fewer than three
+        values, if each is within, and the mean by more than two standard errors over images, where known.
+        """
+        signs = []
+        for _, values, above, below, error in self.quantities:
+            margin = np.minimum(values - above, below - values)
+            if np.isinf(margin).all():
+                continue
+            least, most, doubt = margin.mean(), margin.mean(), margin.std()
+            if margin.size < 3:
+                least, most, doubt = margin.min(), margin.max(), 2 * np.nan_to_num(error)
+            low, high = min(least, margin.mean() - doubt), max(most, margin.mean() + doubt)
+            signs.append(1 if low > 0 else -1 if high < 0 else 0)  # NaN: 0
+        return {1: "holds", 0: "undecided", -1: "does not hold"}[min(signs)]
+
+
+def one_estimator(arrays, debiased=False, tenth=None):
+    """`arrays` with one estimator's values under the plain keys; with a `tenth` (0 to 9), those without it.
+
+    What was not measured without that tenth of the images (probes, older files) is NaN then.
     """
-    lines = [] if study.names.items() <= NAMES.items() else ["in the claims, " + " and ".join(
-        f"{NAMES[method]} is {called}" for method, called in study.names.items())]
-    rest = []
-    for f, other in zip(findings, others):
-        numbers = ", ".join(f"{label} {v.mean():.3f} +- {v.std():.3f}" for label, v in dict(f["numbers"]).items())
-        count = f["numbers"][0][1].size
-        lines.append(f"{f['id']} {f['claim']} | {numbers} (n = {count}) | {f['verdict']}")
-        means = " ".join(f"{v.mean():.3f}" for v in dict(other["numbers"]).values())
-        rest.append(f"{f['id']} {means}" + ("" if f["verdict"] == other["verdict"] else f" {other['verdict'].upper()}"))
-    lines.append(f"by {'biased' if study.args.debiased else 'debiased'} CKA: {', '.join(rest)}")
-    print("\n".join(lines))
+    ending, chosen = "_debiased" if debiased else "", arrays | {"debiased": np.array(debiased)}
+    for key, values in arrays.items():
+        chosen[key] = arrays.get(key + ending, values)
+        if tenth is not None and values.dtype.kind == "f":
+            left_out = arrays.get(f"{key}{ending}_left_out")
+            chosen[key] = np.full(values.shape, math.nan) if left_out is None else left_out[tenth]
+    return chosen
+
+
+def judge(claims, arrays, debiased=False):
+    """`claims(arrays)` by one estimator: a list of `Claim`, standard errors over images filled in."""
+    found = claims(one_estimator(arrays, debiased))
+    tenths = [claims(one_estimator(arrays, debiased, tenth)) for tenth in range(10)]
+    for i, claim in enumerate(found):
+        for j, quantity in enumerate(claim.quantities):
+            means = np.array([some[i].quantities[j].values.mean() for some in tenths])
+            claim.quantities[j] = quantity._replace(error=jackknife(torch.from_numpy(means)).item())
+    return found
+
+
+def save_arrays(study, name, arrays):
+    """Writes <out>/<name>.npz, `arrays` and what the figure is made from; returns all of it."""
     settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
-    for kind, some in (("finding", findings), ("other", others)):
-        arrays = arrays | {f"{kind}_{f['id']}_{i}": v for f in some for i, (_, v) in enumerate(f["numbers"])}
-    arrays |= {"other_verdicts": np.array([f["verdict"] for f in others])}
-    arrays |= {f"name_{method}": np.array(called) for method, called in study.names.items()}
-    arrays |= {"finding_ids": np.array([f["id"] for f in findings]), "verdicts": np.array([f["verdict"] for f in findings]),
-               "findings": np.array(lines), "samples": np.array(len(study.images)),
-               "debiased": np.array(study.args.debiased), "data": np.array(study.args.data),
-               "kind": np.array(kind_of(study.args)), "settings": np.array(json.dumps(settings))}
-    write_atomically(study.out / f"{name}.npz", lambda file: np.savez_compressed(file, **arrays))
-    draw(study.out / f"{name}.png", plot, arrays)
-    print(f"wrote {study.out / name}.png and {name}.npz ({len(study.images)} test images, "
-          f"{'debiased' if study.args.debiased else 'biased'} CKA)")
+    described = {f"label_{method}": side_label(study.args, method) for method in settings}
+    described |= {"samples": len(study.images), "data": study.data_path, "other_images": study.other_images,
+                  "untrained": study.args.untrained, "settings": json.dumps(settings)}
+    arrays = arrays | {key: np.array(value) for key, value in described.items()}
+    path = figure_folder(study.args) / f"{name}.npz"
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    print(f"wrote {path}")
+    return arrays
 
 
-def kind_of(args):
-    """What titles say of the networks: "untrained " or nothing."""
-    return "untrained " if args.untrained else ""
+def report(args, name, arrays, claims, plot):
+    """Prints `claims(arrays)` by both estimators and writes the figure `plot(arrays)`, <out>/<name>.png.
+
+    Verdicts are for checkpoints of this study; networks of others get the same numbers under their labels.
+    """
+    settings = json.loads(str(arrays["settings"]))
+    networks = [(method, s) for method, side in settings.items() for s in side]
+    ours = all("preset" in s and s["method"] == method for method, s in networks)
+    labels = {method: str(arrays[f"label_{method}"]) for method in settings}
+    shown, rest = ("debiased", "biased") if args.debiased else ("biased", "debiased")
+    print(f"{shown} CKA: mean +- spread over n pairs or networks [standard error over images, where known]")
+    if ours and not labels.items() <= NAMES.items():
+        print("in the claims, " + " and ".join(f"{NAMES[m]} is {label}" for m, label in labels.items()))
+    means = []
+    for claim, same in zip(judge(claims, arrays, args.debiased), judge(claims, arrays, not args.debiased)):
+        numbers = f"{', '.join(map(str, claim.quantities))} (n = {claim.quantities[0].values.size})"
+        means.append(" ".join([claim.id, *(f"{quantity.values.mean():.3f}" for quantity in same.quantities)]))
+        if ours:
+            print(f"{claim.id} {claim.text} | {numbers} | {claim.verdict()}")
+            means[-1] += "" if same.verdict() == claim.verdict() else f" {same.verdict().upper()}"
+        else:
+            print(claim.id, re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], numbers))
+    print(f"{rest} CKA: {', '.join(means)}")
+    if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
+        print("networks of the demo or synthetic images: the verdicts mean nothing")
+    if arrays["samples"] < 500 and not args.debiased:
+        key = next(key for key in ("pairs", "invariance_simclr", "networks_simclr") if key in arrays)
+        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
+        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
+             f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
+    path = figure_folder(args) / f"{name}.png"
+    with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
+        figure = plot(one_estimator(arrays, args.debiased))
+        write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
+    plt.close(figure)
+    print(f"drew {path} ({arrays['samples']} test images, {shown} CKA)")
 
 
-def replot(args, name, plot):
-    """Writes <out>/<name>.png again from the .npz beside it and prints the findings in it; no network is needed."""
+def replot(args, name, claims, plot):
+    """`report` of the .npz in --out; no network is needed."""
     path = figure_folder(args) / f"{name}.npz"
-    if args.debiased or args.samples:
-        raise UserError("--replot draws what the .npz holds; leave out --debiased and --samples")
+    if args.samples:
+        raise UserError("--replot draws what the .npz holds; leave out --samples")
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        print("\n".join(arrays["findings"]))
-        draw(path.with_suffix(".png"), plot, arrays)
+        report(args, name, arrays, claims, plot)
     except FileNotFoundError:
         raise UserError(f"--replot: no {path}; give the folder of {name}.npz with --out") from None
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
         reason = f"{type(error).__name__} {error}"[:120]
-        raise UserError(f"--replot: {path} is damaged or not written by this script ({reason}); draw it anew") from None
-    print(f"drew {path.with_suffix('.png')} again ({arrays['samples']} test images)")
+        raise UserError(f"--replot: {path} is damaged or of another version ({reason}); draw anew") from None
 
 
-def draw(path, plot, arrays):
-    """Writes the figure `plot(arrays)` to `path`, a .png."""
-    figure = plot(arrays)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
-    plt.close(figure)
-
-
-def new_figure(panels, widths=None):
-    """A figure and its row of `panels` axes, of the size all figures share."""
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.6), layout="constrained", width_ratios=widths)
+def new_figure(arrays, title, panels, widths=None):
+    """A figure and its row of `panels` axes, of the size all figures share; the title names other images."""
+    size = 4.6 * panels, 4.6
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", width_ratios=widths)
+    images = f"; images of {Path(str(arrays['data'])).name}" if arrays["other_images"] else ""
+    figure.suptitle(title + images)
     return figure, axes
 
 
 def mark_block_groups(ax, per_block=1, head=0, both=False):
-    """Ticks and thin lines for BG1 to BG4 (and the head): `per_block` layers per bottleneck, on x, or on both axes."""
+    """Ticks and lines for BG1 to BG4 (and the head), `per_block` layers per bottleneck; on x or both axes."""
     counts = [per_block * b for b in BLOCK_GROUPS] + ([head] if head else [])
     ends = np.cumsum(counts)
     centres, labels = ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(counts)]
@@ -2450,28 +2748,3 @@ def mark_block_groups(ax, per_block=1, head=0, both=False):
         ax.set_yticks(centres, labels)
         for end in ends[:-1]:
             ax.axhline(end - 0.5, color="white", linewidth=0.8)
-
-
-def cka_heatmap(ax, matrix, title, xlabel, ylabel, per_block=1, head=0):
-    """A CKA matrix with the first layer at the lower left, colours from 0 to 1, block groups marked; the image."""
-    image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    mark_block_groups(ax, per_block, head, both=True)
-    return image
-
-
-def depth_lines(ax, values, color, label, marker="o"):
-    """Mean over networks or pairs of values (S, layers) against depth, with a band of one standard deviation."""
-    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
-    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
-    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
-
-
-def add_colorbar(figure, image, axes, debiased):
-    """One bar for all heatmaps of a figure."""
-    figure.colorbar(image, ax=axes, label="debiased linear CKA" if debiased else "linear CKA", shrink=0.8, pad=0.01)
-
-
-def plural(count, noun):
-    """ "1 pair", "3 pairs"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -2,12 +2,13 @@
 
     python fig3_probes_invariance.py --checkpoints checkpoints/paper
 
-Left: test accuracy of linear probes on the frozen, flattened representations. Middle: CKA of the same layer between two
-copies of the test set, each image augmented as in that method's training. Right: CKA with the one-hot class matrix. Even
-layers and SimCLR's head; mean and spread over seeds. Look for: accuracy rising all the way, SimCLR's invariance rising in
-BG4 and the head, supervision bending towards the classes in BG4. Writes fig3.*: `probe_*`, `invariance_*`, `class_cka_*`
-(S, 19) for simclr and (S, 16) for supervised, `dominance_*` and the findings 3a-3h; `other_*` are CKAs by the other
-estimator, debiased or biased.
+Left: test accuracy of linear probes on the frozen, flattened representations. Middle: CKA of the same layer
+between two copies of the test set, each image augmented as in that method's training. Right: CKA with the
+one-hot class matrix. Even layers and SimCLR's head; mean and spread over seeds. Look for: accuracy rising
+all the way, SimCLR's invariance rising in BG4 and the head, supervision bending towards the classes in BG4.
+Writes fig3.*: `probe_*`, `invariance_*`, `class_cka_*` (S, 19) for simclr and (S, 16) for supervised,
+`layers_*`, `dominance_*`; `<key>_debiased` by debiased CKA, `<key>_left_out` (10, S, ...) without each
+tenth of the images. Judges claims 3a-3h.
 """
 
 import numpy as np
@@ -15,11 +16,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (COLORS, NAMES, UserError, depth_lines, figure_parser, finding, generator_for, layer_names, layers_of,
-                    mark_block_groups, measure, network_source, new_figure, number, open_study, prepare, rank_correlation,
-                    replot, report, representations, user_errors)
+from common import (NAMES, Claim, Quantity, UserError, figure_parser, generator_for, layer_names,
+                    mark_block_groups, measure, network_source, new_figure, number, open_study,
+                    out_of_memory_advice, replot, report, save_arrays, user_errors)
+from fig2_cross import depth_lines
+from fig5_aug_heatmaps import copy_params, layers_of, rank_correlation
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
+COLORS = {"simclr": "tab:blue", "supervised": "tab:orange"}
 
 
 def shown_layers(models):
@@ -30,151 +34,217 @@ def shown_layers(models):
 
 
 class Probe(nn.Module):
-    """A linear classifier of p features, each standardised over the images seen, zero at the start.
+    """A linear classifier of p features, standardised: by the batch in training, by all batches after it.
 
-    The division by sqrt(p) gives every layer inputs of norm about 1, so that one learning rate serves all of them.
+    It starts at zero. Division by sqrt(p) gives every layer inputs of norm about 1: one rate serves all.
     """
 
     def __init__(self, p, classes):
         super().__init__()
-        self.standardise = nn.BatchNorm1d(p, affine=False, momentum=None)
-        self.linear = nn.Linear(p, classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.weight = nn.Parameter(torch.zeros(classes, p))
+        self.bias = nn.Parameter(torch.zeros(classes))
+        self.register_buffer("sums", torch.zeros(2, p))  # of the batches' means and variances
+        self.batches = 0
 
-    def forward(self, x):
-        return self.linear(self.standardise(x) / x.shape[1] ** 0.5)
+    def count(self, mean, variance, n):
+        """Adds the statistics of a batch of n images to those that are used after training."""
+        self.sums += torch.stack([mean, variance * (n / (n - 1))])
+        self.batches += 1
+
+    def forward(self, x, mean=None, variance=None):
+        """Logits of x (n, p); without mean and variance (p,), by the batches counted."""
+        if mean is None:
+            mean, variance = self.sums / self.batches
+        # Standardising the weights instead of the features, which are far larger, spares a copy of these.
+        weight = self.weight / (variance + 1e-5).sqrt() / x.shape[1] ** 0.5
+        return F.linear(x, weight, self.bias - weight @ mean)
+
+
+def batch_statistics(pieces):
+    """[(mean, variance)] (p,) per layer over a batch; pieces: size and generator of layers, of each."""
+    found, seen = [], 0
+    for n, layers in pieces:
+        for i, x in enumerate(layers):
+            variance, mean = torch.var_mean(x, 0, correction=0)
+            if seen:
+                old_mean, old_variance = found[i]
+                share, step = n / (seen + n), mean - old_mean
+                mean = old_mean + share * step
+                variance = old_variance + share * (variance - old_variance) + share * (1 - share) * step ** 2
+                found[i] = mean, variance
+            else:
+                found.append((mean, variance))
+        seen += n
+    return found
+
+
+def train_probes(study, source, images, widths):
+    """A `Probe` per layer, trained on `images` of the training set; source: (images) -> generator of layers.
+
+    Layer by layer the features are computed, used and let go. A batch larger than --batch-size comes in
+    pieces, and twice: first for its statistics, then for the gradient, which is the whole batch's.
+    """
+    args, data, device = study.args, study.data, study.images.device
+    probes = nn.ModuleList(Probe(p, len(data.classes)) for p in widths).to(device)
+    batch = min(PROBE_BATCH, len(images))
+    steps = len(images) // batch
+    optimizer = torch.optim.SGD(probes.parameters(), PROBE_RATE, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.probe_epochs * steps)
+    for epoch in range(args.probe_epochs):
+        order = torch.randperm(len(images), generator=generator_for("cpu", "probes", epoch))
+        for rows in images[order][:steps * batch].to(device).split(batch):
+            pieces = rows.split(args.batch_size)
+            whole = None
+            if len(pieces) > 1:
+                whole = batch_statistics((len(some), source(data.train_images[some])) for some in pieces)
+            for some in pieces:
+                for i, x in enumerate(source(data.train_images[some])):
+                    mean, variance = whole[i] if whole else torch.var_mean(x, 0, correction=0)[::-1]
+                    logits = probes[i](x, mean, variance)
+                    loss = F.cross_entropy(logits, data.train_labels[some], reduction="sum") / batch
+                    loss.backward()  # into this probe only: representations carry no graph
+                    if some is pieces[-1]:
+                        probes[i].count(mean, variance, batch)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return probes
 
 
 def probe_accuracies(study, model, layers):
-    """(layers,) test accuracies of linear probes, all trained together: one pass of the frozen network per batch."""
-    args, device, data = study.args, study.device, study.data
+    """(layers,) test accuracies of linear probes, all trained together on one frozen network."""
+    args, data = study.args, study.data
     total = len(data.train_images)
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
-    batch = min(PROBE_BATCH, len(chosen))
-    steps = args.probe_epochs * (len(chosen) // batch)
+    images = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
 
-    def features(images):
-        found = list(representations(model, prepare(model, images), any_order=True).values())
-        return [found[i] for i in layers]
+    def source(some_images):
+        return network_source(model, some_images, layers)(0, len(some_images))
 
-    widths = [x.shape[1] for x in features(data.train_images[:2])]
-    probes = nn.ModuleList(Probe(p, len(data.classes)) for p in widths).to(device)
-    optimizer = torch.optim.SGD(probes.parameters(), PROBE_RATE, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    for epoch in range(args.probe_epochs):
-        order = chosen[torch.randperm(len(chosen), generator=generator_for("cpu", "probes", epoch))].to(device)
-        for rows in order[:len(chosen) // batch * batch].split(batch):
-            labels = data.train_labels[rows]
-            loss = sum(F.cross_entropy(p(x), labels) for p, x in zip(probes, features(data.train_images[rows])))
-            optimizer.zero_grad()
-            loss.backward()  # into the probes only: representations() carry no graph
-            optimizer.step()
-            schedule.step()
-    probes.eval()
-    right = torch.zeros(len(layers), device=device)
-    with torch.no_grad():
-        for images, labels in zip(study.images.split(args.batch_size), study.labels.split(args.batch_size)):
-            logits = torch.stack([p(x) for p, x in zip(probes, features(images))])
-            right += (logits.argmax(2) == labels).sum(1)
+    right = torch.zeros(len(layers), device=study.images.device)
+    with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it"):
+        widths = [x.shape[1] for x in source(data.train_images[:1])]
+        probes = train_probes(study, source, images, widths)
+        for rows in torch.arange(len(study.images), device=study.images.device).split(args.batch_size):
+            for i, x in enumerate(source(study.images[rows])):
+                with torch.no_grad():
+                    right[i] += (probes[i](x).argmax(1) == study.labels[rows]).sum()
     return right.cpu().numpy() / len(study.images)
 
 
 def cka_profiles(study, model, layers, names):
-    """CKA between two augmented copies and with the classes, (2, layers) each, by both estimators; dominance (layers,).
+    """({(key, ending): (layers,) or (10, layers)}, dominance (layers,)) of one network, all in one pass.
 
-    All in one pass; dominance is that on the plain images.
+    Invariance compares two augmented copies; class CKA and dominance are those of the plain images.
     """
     one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
-    sources = [network_source(model, study.images, view, layers) for view in (0, 1, None)]
-    labels = [name for copy in (", first copy", ", second copy", "") for name in layer_names([model], names, copy)]
-    cka, dominance = measure(study, [*sources, lambda start, stop: [one_hot[start:stop]]], labels + ["the classes (one-hot)"])
-    n = len(layers)
-    return cka[:, :n, n:2 * n].diagonal(axis1=1, axis2=2), cka[:, 2 * n:3 * n, -1], dominance[2 * n:3 * n]
+    n, images, profiles = len(layers), study.images, {}
+    params = [copy_params(model, images, 0), copy_params(model, images, 1), None]
+    sources = [network_source(model, images, layers, some) for some in params]
+    copies = ", first copy", ", second copy", ""
+    labels = [name for copy in copies for name in layer_names([model], names, copy)]
+    cka, dominance = measure(study, [*sources, lambda start, stop: [one_hot[start:stop]]],
+                             [*labels, "the classes (one-hot)"])
+    for ending, values in cka.items():
+        profiles["invariance", ending] = values[..., :n, n:2 * n].diagonal(axis1=-2, axis2=-1)
+        profiles["class_cka", ending] = values[..., 2 * n:3 * n, -1]
+    return profiles, dominance[2 * n:3 * n]
 
 
-def falls(values, tolerance):
-    """(S,): how often each row of values (S, layers) falls by more than `tolerance` from one layer to the next."""
-    return np.where(np.isnan(values).any(1), np.nan, (np.diff(values, axis=1) < -tolerance).sum(1))
+def measure_method(study, method):
+    """The arrays of one method's networks."""
+    models = study.networks[method]
+    layers, names = shown_layers(models)
+    profiles, dominance = zip(*[cka_profiles(study, model, layers, names) for model in models])
+    arrays = {f"{key}_{method}{ending}": np.stack([some[key, ending] for some in profiles], -2)
+              for key, ending in profiles[0]}
+    probes = np.stack([probe_accuracies(study, model, layers) for model in models])
+    return arrays | {f"probe_{method}": probes, f"layers_{method}": np.array(names),
+                     f"dominance_{method}": np.stack(dominance)}
 
 
-def findings(a):
-    """Claims 3a-3h. Rows are networks; methods are compared seed by seed. Layers count from 1 in the claims, from 0 here."""
-    seeds = min(len(a["probe_simclr"]), len(a["probe_supervised"]))
-    simclr, supervised = a["invariance_simclr"], a["invariance_supervised"]
-    classes = {m: a[f"class_cka_{m}"] for m in NAMES}
-    gain = {m: classes[m][:seeds, 15] - classes[m][:seeds, 12] for m in NAMES}
+def rises(arrays, key, tolerance):
+    """The quantities of the claim that values of both methods rise monotonically through the backbone."""
+    found = []
+    for method, name in NAMES.items():
+        values = arrays[f"{key}_{method}"][:, :16]
+        falls = np.where(np.isnan(values).any(1), np.nan, (np.diff(values, axis=1) < -tolerance).sum(1))
+        found += [Quantity(f"{name} falls", falls, below=0.5),
+                  Quantity(f"{name} rank correlation", rank_correlation(values), above=0.9)]
+    return found
 
-    def rises(values, tolerance):
-        backbone = {NAMES[m]: values[m][:, :16] for m in NAMES}
-        return [number for name, v in backbone.items() for number in (
-            (f"{name} falls", falls(v, tolerance), -1, 0.5), (f"{name} rank correlation", rank_correlation(v), 1, 0.9))]
 
-    has_head = simclr.shape[1] > 16  # networks from other projects come without
-    head = [("head.3 - supervised even 16", simclr[:seeds, 18] - supervised[:seeds, 15], 1, 0)] if has_head else []
-    found = [
-        finding("3a", "linear separability rises monotonically", *rises({m: a[f"probe_{m}"] for m in NAMES}, 0.005)),
-        finding("3b", "SimCLR grows more invariant with depth, most in the last layers",
-                ("rank correlation", rank_correlation(simclr), 1, 0),
-                (f"BG4{' and head' if has_head else ''} - BG1-3", simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), 1, 0)),
-        finding("3c", "supervision starts similar under its weaker augmentations",
-                ("supervised - SimCLR at even 1", supervised[:seeds, 0] - simclr[:seeds, 0], 1, 0)),
-        finding("3d", "supervision then diverges until BG4, with a small increase there",
-                ("even 1 - even 13", supervised[:, 0] - supervised[:, 12], 1, 0),
-                ("even 16 - even 13", supervised[:, 15] - supervised[:, 12], 1, 0)),
-        finding("3e", "SimCLR is the more invariant one at the end",
-                ("even 16, SimCLR - supervised", simclr[:seeds, 15] - supervised[:seeds, 15], 1, 0), *head),
-        finding("3f", "CKA with the classes rises monotonically", *rises(classes, 0.01)),
-        finding("3g", "supervision accelerates towards the classes in BG4",
-                ("gain even 13 to 16, supervised - SimCLR", gain["supervised"] - gain["simclr"], 1, 0))]
+def claims(arrays):
+    """Claims 3a-3h, per network; methods are compared seed by seed. Indices count from 0."""
+    simclr, supervised = arrays["invariance_simclr"], arrays["invariance_supervised"]
+    seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
+    gain = {m: arrays[f"class_cka_{m}"][:seeds, 15] - arrays[f"class_cka_{m}"][:seeds, 12] for m in NAMES}
+    ahead = simclr[:seeds, :16] - supervised[:seeds]  # of SimCLR in invariance
+    late = simclr[:, 13:].mean(1) - simclr[:, :13].mean(1)
+    has_head = head.shape[1] > 0  # networks from other projects come without
+    end = [Quantity("invariance at even 16, SimCLR - supervised", ahead[:, 15], above=0)]
     if has_head:
-        found.append(finding("3h", "class CKA decreases after the head's first layer",
-                             ("head.1 - head.2", classes["simclr"][:, 16] - classes["simclr"][:, 17], 1, 0),
-                             ("head.1 - head.3", classes["simclr"][:, 16] - classes["simclr"][:, 18], 1, 0)))
+        at_head = simclr[:seeds, 18] - supervised[:seeds, 15]
+        end.append(Quantity("at head.3, SimCLR - supervised even 16", at_head, above=0))
+    found = [
+        Claim("3a", "linear separability rises monotonically", rises(arrays, "probe", 0.005)),
+        Claim("3b", "SimCLR grows more invariant with depth, most in the last layers",
+              [Quantity("SimCLR invariance, rank correlation", rank_correlation(simclr), above=0),
+               Quantity(f"BG4{' and head' if has_head else ''} - BG1-3", late, above=0)]),
+        Claim("3c", "supervision starts similar under its weaker augmentations",
+              [Quantity("invariance at even 1, supervised - SimCLR", -ahead[:, 0], above=0)]),
+        Claim("3d", "supervision then diverges until BG4, with a small increase there",
+              [Quantity("supervised invariance, even 1 - 13", supervised[:, 0] - supervised[:, 12], above=0),
+               Quantity("even 16 - 13", supervised[:, 15] - supervised[:, 12], above=0)]),
+        Claim("3e", "SimCLR is the more invariant one at the end", end),
+        Claim("3f", "CKA with the classes rises monotonically", rises(arrays, "class_cka", 0.01)),
+        Claim("3g", "supervision accelerates towards the classes in BG4",
+              [Quantity("gain in class CKA from even 13 to 16, supervised - SimCLR",
+                        gain["supervised"] - gain["simclr"], above=0)])]
+    if has_head:
+        found.append(Claim("3h", "class CKA decreases after the head's first layer",
+                           [Quantity("SimCLR class CKA, head.1 - 2", head[:, 0] - head[:, 1], above=0),
+                            Quantity("head.1 - 3", head[:, 0] - head[:, 2], above=0)]))
     return found
 
 
 def plot(arrays):
     """The three panels, from what the .npz holds."""
-    figure, axes = new_figure(3)
-    estimator = "debiased CKA" if arrays["debiased"] else "CKA"
+    sides = [f"{arrays[f'label_{method}']} {len(arrays[f'probe_{method}'])}" for method in NAMES]
+    kind = "untrained " if arrays["untrained"] else ""
+    title = f"Mean and standard deviation over {kind}networks: {', '.join(sides)}"
+    figure, axes = new_figure(arrays, title, panels=3)
+    cka = "debiased CKA" if arrays["debiased"] else "CKA"
     panels = (("probe", "Linear probes", "test accuracy"),
-              ("invariance", "Augmentation invariance", f"{estimator} between augmented copies"),
-              ("class_cka", "Alignment with the classes", f"{estimator} with the classes"))
+              ("invariance", "Augmentation invariance", f"{cka} between augmented copies"),
+              ("class_cka", "Alignment with the classes", f"{cka} with the classes"))
     width = max(arrays[f"probe_{method}"].shape[1] for method in NAMES)
     for ax, (key, title, label) in zip(axes, panels):
-        lowest = min(0, *(np.nanmin(arrays[f"{key}_{method}"]) for method in NAMES))  # debiased CKA may be negative
+        lowest = 0
         for method in NAMES:
-            depth_lines(ax, arrays[f"{key}_{method}"], COLORS[method], str(arrays[f"name_{method}"]))
+            values = arrays[f"{key}_{method}"]
+            lowest = min(lowest, np.fmin.reduce(values, axis=None))  # debiased CKA may be negative
+            depth_lines(ax, values, COLORS[method], str(arrays[f"label_{method}"]))
         mark_block_groups(ax, head=width - 16)
         ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5), ylim=(lowest, 1))
     axes[0].legend(loc="upper left")
-    seeds = ", ".join(f"{arrays[f'name_{m}']} {len(arrays[f'probe_{m}'])}" for m in NAMES)
-    figure.suptitle(f"Mean and standard deviation over {arrays['kind']}networks: {seeds}")
     return figure
 
 
 def main():
     parser = figure_parser(__doc__)
-    parser.add_argument("--probe-epochs", type=number(int, low=1), default=10, help="passes of the probes (default: 10)")
-    parser.add_argument("--probe-images", type=number(int, low=2), help="training images for the probes (default: all)")
+    add = parser.add_argument_group("probes").add_argument
+    add("--probe-epochs", type=number(int, low=1), default=10,
+        help="passes over the training images (default: 10)")
+    add("--probe-images", type=number(int, low=2), help="training images for the probes (default: all)")
     args = parser.parse_args()
     if args.replot:
-        return replot(args, "fig3", plot)
-    study = open_study(args, ["simclr", "supervised"])
-    if (args.probe_images or 0) > len(study.data.train_images):
-        raise UserError(f"--probe-images {args.probe_images}: the training set has {len(study.data.train_images)} images")
-    arrays, other = {}, {}
-    for method, models in study.networks.items():
-        layers, names = shown_layers(models)
-        profiles = [cka_profiles(study, model, layers, names) for model in models]
-        for key, rows in zip(("invariance", "class_cka"), zip(*profiles)):
-            arrays[f"{key}_{method}"], other[f"{key}_{method}"] = np.stack(rows, 1)
-        arrays[f"dominance_{method}"] = np.stack([dominance for _, _, dominance in profiles])
-        arrays[f"probe_{method}"] = np.stack([probe_accuracies(study, model, layers) for model in models])
-        arrays[f"layers_{method}"] = np.array(names)
-    both = findings(arrays), findings(arrays | other)
-    report(study, "fig3", plot, arrays | {f"other_{name}": values for name, values in other.items()}, *both)
+        return replot(args, "fig3", claims, plot)
+    study = open_study(args, list(NAMES))
+    needed, total = args.probe_images or 2, len(study.data.train_images)
+    if needed > total:
+        raise UserError(f"--probe-images {needed}: the training set has {total}")
+    arrays = measure_method(study, "simclr") | measure_method(study, "supervised")
+    report(args, "fig3", save_arrays(study, "fig3", arrays), claims, plot)
 
 
 if __name__ == "__main__":

@@ -2,71 +2,107 @@
 
     python fig5_aug_heatmaps.py --checkpoints checkpoints/paper
 
-Left: supervised networks under ImageNet augmentations. Right: SimCLR networks, head included, under SimCLR's. Mean over
-seeds. The diagonal at even layers is the middle of Figure 3. Look for: supervised similarity fading from the lower left,
-SimCLR's appearing only in the last layers and the head. Writes fig5.*: `supervised` (32, 32), `simclr` (35, 35),
-`layers_*`, `networks_*` (S, ...), `dominance_*` and the findings 5a-5c; `other_*` are the networks' matrices by the other
-estimator, debiased or biased.
+Left: supervised networks under ImageNet augmentations. Right: SimCLR networks, head included, under
+SimCLR's. Mean over seeds. The diagonal at even layers is the middle of Figure 3. Look for: supervised
+similarity fading from the lower left, SimCLR's appearing only in the last layers and the head. Writes
+fig5.*: `supervised` (32, 32), `simclr` (35, 35), `networks_*` (S, ...), `layers_*`, `dominance_*`;
+`<key>_debiased` by debiased CKA, `networks_*_left_out` (10, S, ...) without each tenth of the images.
+Judges claims 5a-5c.
 """
 
 import numpy as np
 
-from common import (NAMES, add_colorbar, cka_heatmap, figure_parser, finding, layer_names, layers_of, measure,
-                    network_source, new_figure, open_study, rank_correlation, replot, report, user_errors)
+from common import (HEAD, LAYERS, Claim, ProjectionHead, Quantity, figure_parser, generator_for,
+                    imagenet_params, layer_names, measure, network_source, new_figure, open_study, replot,
+                    report, save_arrays, simclr_params, user_errors)
+from fig1_internal import add_colorbar, cka_heatmap
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
 
-def copies_cka(study, model, layers):
-    """(2, L, L) CKA by both estimators, rows the first copy's layers, columns the second's; dominance (L,), the larger."""
-    names = [name for copy in (1, 2) for name in layer_names([model], layers, f", copy {copy}")]
-    n = len(layers)
-    cka, dominance = measure(study, [network_source(model, study.images, view, slice(0, n)) for view in (0, 1)], names)
-    return cka[:, :n, n:], dominance.reshape(2, n).max(0)
+def layers_of(models):
+    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
+    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
 
 
-def findings(arrays, key="networks"):
+def copy_params(model, images, view):
+    """Training augmentation parameters for copy `view` (0 or 1), the same for all networks of a method."""
+    generator = generator_for(images.device, "augmented copy", view)
+    shape = len(images), *images.shape[2:], images.device, generator
+    if model.settings["method"] == "simclr":
+        return simclr_params(*shape, strength=model.settings["strength"])
+    return imagenet_params(*shape)
+
+
+def compare_copies(study, method):
+    """The arrays of one panel: rows the layers for the first copy of the images, columns for the second."""
+    models, images = study.networks[method], study.images
+    layers = layers_of(models)
+    n, matrices, dominances = len(layers), {}, []
+    for model in models:
+        names = [name for copy in (1, 2) for name in layer_names([model], layers, f", copy {copy}")]
+        params = [copy_params(model, images, view) for view in (0, 1)]
+        sources = [network_source(model, images, range(n), some) for some in params]
+        cka, dominance = measure(study, sources, names)
+        for ending, values in cka.items():
+            matrices.setdefault(ending, []).append(values[..., :n, n:])
+        dominances.append(dominance.reshape(2, n).max(0))
+    arrays = {f"layers_{method}": np.array(layers), f"dominance_{method}": np.stack(dominances)}
+    arrays |= {f"networks_{method}{ending}": np.stack(values, -3) for ending, values in matrices.items()}
+    for ending in ("", "_debiased"):
+        arrays[method + ending] = arrays[f"networks_{method}{ending}"].mean(0)
+    return arrays
+
+
+def rank_correlation(values):
+    """Spearman's correlation of values (..., n), along the last axis, with 1 to n; ties share a mean rank."""
+    values = np.asarray(values, float)
+    below = values[..., :, None] > values[..., None, :]
+    ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
+    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
+    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
+        found = (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
+    return np.where(np.isnan(values).any(-1), np.nan, found)
+
+
+def claims(arrays):
     """Claims 5a-5c, each quantity per network."""
-    diagonals = {m: arrays[f"{key}_{m}"].diagonal(axis1=1, axis2=2) for m in NAMES}
-    simclr = diagonals["simclr"]
+    supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
     has_head = simclr.shape[1] > 32  # networks from other projects come without
+    late = "BG4 and head" if has_head else "BG4"
     found = [
-        finding("5a", "supervised invariance fades gradually from the first layers",
-                ("rank correlation with depth, BG1-3", rank_correlation(diagonals["supervised"][:, :26]), -1, 0)),
-        finding("5c", "robustness is limited up to the last few layers",
-                (f"BG4{' and head' if has_head else ''} - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 1, 0))]
+        Claim("5a", "supervised invariance fades gradually from the first layers",
+              [Quantity("supervised diagonal, rank correlation with depth, BG1-3",
+                        rank_correlation(supervised[:, :26]), below=0)]),
+        Claim("5c", "robustness is limited up to the last few layers",
+              [Quantity(f"SimCLR diagonal, {late} - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1),
+                        above=0)])]
     if has_head:
-        head = simclr[:, 32:].mean(1)
-        found.insert(1, finding("5b", "SimCLR's head learns substantial but not total invariance",
-                                ("head", head, 1, 0.5), ("head", head, -1, 0.95)))
+        head = Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)
+        found.insert(1, Claim("5b", "SimCLR's head learns substantial but not total invariance", [head]))
     return found
 
 
 def plot(arrays):
     """The two panels, from what the .npz holds."""
-    figure, axes = new_figure(2, widths=[arrays[method].shape[0] for method in METHODS])
+    figure, axes = new_figure(arrays, "CKA between two augmented copies of the test set", panels=2,
+                              widths=[len(arrays[method]) for method in METHODS])
+    kind = "untrained " if arrays["untrained"] else ""
     for ax, method in zip(axes, METHODS):
-        title = f"{arrays['kind']}{arrays[f'name_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
+        title = f"{kind}{arrays[f'label_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
         image = cka_heatmap(ax, arrays[method], title, "layer, second copy", "layer, first copy", per_block=2,
-                            head=arrays[method].shape[0] - 32)
+                            head=len(arrays[method]) - 32)
     add_colorbar(figure, image, axes, arrays["debiased"])
-    figure.suptitle("CKA between two augmented copies of the test set")
     return figure
 
 
 def main():
     args = figure_parser(__doc__).parse_args()
     if args.replot:
-        return replot(args, "fig5", plot)
+        return replot(args, "fig5", claims, plot)
     study = open_study(args, METHODS)
-    arrays = {}
-    for method, models in study.networks.items():
-        layers = layers_of(models)
-        matrices, dominance = zip(*[copies_cka(study, model, layers) for model in models])
-        networks, other = np.stack(matrices, 1)
-        arrays |= {f"networks_{method}": networks, method: networks.mean(0), f"other_{method}": other,
-                   f"dominance_{method}": np.stack(dominance), f"layers_{method}": np.array(layers)}
-    report(study, "fig5", plot, arrays, findings(arrays), findings(arrays, "other"))
+    arrays = compare_copies(study, "supervised") | compare_copies(study, "simclr")
+    report(args, "fig5", save_arrays(study, "fig5", arrays), claims, plot)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -52,6 +51,9 @@ from torchvision.io import read_image, write_png
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import fig2_cross as fig2
+import fig3_probes_invariance as fig3
+import fig5_aug_heatmaps as fig5
 import train_simclr
 import train_supervised
 
@@ -109,15 +111,15 @@ def assert_rate(events, rate, what):
 
 
 @contextlib.contextmanager
-def raises(kind, *words):
+def raises(kind, *words, what="the block"):
     """The block raises `kind` with all `words` in its message."""
     try:
         yield
     except kind as error:
         missing = [word for word in words if word not in str(error)]
-        assert not missing, f"{kind.__name__} does not mention {missing}: {error}"
+        assert not missing, f"{what}: {kind.__name__} does not mention {missing}: {error}"
         return
-    raise AssertionError(f"no {kind.__name__} was raised")
+    raise AssertionError(f"{what} raised no {kind.__name__}")
 
 
 @contextlib.contextmanager
@@ -152,64 +154,83 @@ def hsic(k, l, unbiased):
 
 def literal_cka(layers, unbiased=False):
     """(L, L) CKA of layers (m, ...) by the definition, in float64."""
-    grams = [x.double().flatten(1) @ x.double().flatten(1).T for x in layers]
+    layers = [x.cpu().double().flatten(1) for x in layers]
+    grams = [x / x.abs().max() @ (x / x.abs().max()).T for x in layers]
     h = torch.tensor([[hsic(k, l, unbiased) for l in grams] for k in grams])
     return h / torch.outer(h.diag().sqrt(), h.diag().sqrt())
 
 
-def random_layers(g, m, shapes, mean=0.0):
+def literal_left_out(layers):
+    """(10, L, L) CKA without each tenth of the samples, centred by the means of all of them."""
+    m = len(layers[0])
+    tenths = torch.randperm(m, generator=torch.Generator().manual_seed(0)) % 10
+    centred = [x.cpu().double().flatten(1) - x.cpu().double().flatten(1).mean(0) for x in layers]
+    matrices = []
+    for tenth in range(10):
+        grams = [(x[tenths != tenth] @ x[tenths != tenth].T).flatten() for x in centred]
+        matrices.append(torch.tensor([[k @ l / (k.norm() * l.norm()) for l in grams] for k in grams]))
+    return torch.stack(matrices)
+
+
+def random_layers(g, m, shapes, mean=0.0, device="cpu"):
     """One float32 tensor (m, *shape) per shape: a part that all share, a part of their own, and a mean."""
     shared, layers = torch.randn(m, 12, generator=g), []
     for shape in shapes:
         p = math.prod(shape)
         x = shared @ torch.randn(12, p, generator=g) / 12 ** 0.5 + torch.randn(m, p, generator=g)
-        layers.append((x + mean * (1 + torch.rand(p, generator=g))).view(m, *shape))
+        layers.append((x + mean * (1 + torch.rand(p, generator=g))).view(m, *shape).to(device))
     return layers
 
 
 def source(layers, asked=None):
-    """A source of these layers, which adds every (start, stop) that it is asked for to `asked`."""
+    """A source of these layers, which adds the number of samples of every call to `asked`."""
     def features(start, stop):
         if asked is not None:
-            asked.append((start, stop))
+            asked.append(stop - start)
         return [x[start:stop] for x in layers]
     return features
 
 
+def precisions(device):
+    """The precisions that this device has: those that are not refused by name."""
+    x = torch.randn(8, 5, device=device)
+    found = {"float32": 2e-6}
+    for name, tolerance in (("tf32", 1e-3), ("float16", 1e-3), ("bfloat16", 4e-3)):
+        try:
+            quietly(common.cka_matrix, [source([x])], 8, precision=name)
+            found[name] = tolerance
+        except ValueError as error:
+            assert name in str(error) and "float32" in str(error), f"{name} is refused without a word: {error}"
+    return found
+
+
+def quietly(function, *args, **options):
+    """The function's result, and the texts of its warnings."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        result = function(*args, **options)
+    return result, [str(warning.message) for warning in seen]
+
+
 def test_cka_literal():
-    """linear_cka and cka_matrix equal Tr(KHLH) and Song's estimator in float64: p from 1 to 100 m, two sources."""
-    g, m = rng(), 150  # 150 is no multiple of the batch, nor of the 64 rows below which Grams are not halved
-    for mean, tolerance in ((0.0, 2e-5), (100.0, 2e-4)):
-        layers = random_layers(g, m, [(1,), (7,), (5, 6, 5), (15000,)], mean)
-        for debiased in (False, True):
+    """linear_cka and cka_matrix equal Tr(KHLH) and Song's estimator in float64, in every precision of every device."""
+    m = 150  # no multiple of the batch, nor of the rows of a strip
+    for device in DEVICES:
+        for mean, debiased in itertools.product((0.0, 100.0), (False, True)):
+            layers = random_layers(rng(), m, [(1,), (7,), (5, 6, 5), (15000,)], mean, device)
             want = literal_cka(layers, debiased)
-            sources = [source(layers[:1]), source(layers[1:])]
-            got = common.cka_matrix(sources, m, debiased, precision="float32", batch=64)
-            assert got.dtype == torch.float64
-            assert_close(got, want, tolerance, f"cka_matrix, mean {mean}, debiased {debiased}")
-            assert_close(got.diagonal(), torch.ones(4), 1e-6, "CKA of a layer with itself")
-            assert_close(got, got.T, 1e-9, "CKA(X, Y) against CKA(Y, X)")
+            for precision, tolerance in precisions(device).items():
+                what = f"{device}, {precision}, mean {mean}, debiased {debiased}"
+                tolerance *= 1 + mean / 10 if precision == "float32" else 1
+                (got, _) = quietly(common.cka_matrix, [source(layers[:1]), source(layers[1:])], m, debiased,
+                                   precision=precision, batch=64)
+                assert got.dtype == torch.float64 and got.device.type == "cpu"
+                assert_close(got, want, tolerance, what)
+                assert_close(got.diagonal(), torch.ones(4), 1e-6, f"{what}: a layer with itself")
+                assert_close(got, got.T, 1e-9, f"{what}: symmetry")
             for i, j in ((0, 1), (1, 2), (3, 2)):
-                assert_close(common.linear_cka(layers[i], layers[j], debiased), want[i, j], tolerance, "linear_cka")
-
-
-def test_cka_many_samples():
-    """More samples than one block of rows, one piece of a sum or half a Gram: still the literal value."""
-    m = 1100
-    layers = random_layers(rng(), m, [(3,), (40,)])
-    asked = []
-    got = common.gram_statistics([source(layers, asked)], m, precision="float32", batch=128)
-    assert_close(got.cka, literal_cka(layers), 2e-6, "biased")
-    assert_close(got.debiased_cka, literal_cka(layers, True), 2e-6, "debiased")
-    assert asked == [(0, 1)] + [(a, min(a + 128, m)) for a in range(0, m, 128)], "asked more than once per sample"
-
-
-def test_cka_feature_form():
-    """Equal to ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred features."""
-    x, y = random_layers(rng(), 90, [(20,), (300,)])
-    a, b = (t.double() - t.double().mean(0) for t in (x, y))
-    want = (b.T @ a).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())
-    assert_close(common.linear_cka(x, y), want, 2e-6)
+                x, y = layers[i], layers[j] if device.type != "cpu" else layers[j].numpy()
+                assert_close(common.linear_cka(x, y, debiased), want[i, j], 2e-5, f"linear_cka, {device}")
 
 
 def test_cka_small_m():
@@ -223,88 +244,29 @@ def test_cka_small_m():
 
 
 def test_cka_double():
-    """Float64 features keep float64 accuracy, also far from 0."""
-    x, y = random_layers(rng(), 140, [(9,), (2000,)])
-    for debiased in (False, True):
-        want = literal_cka([x, y], debiased)
-        far = [x.double() + 1e4, y.double() - 1e4]  # no change in CKA
-        assert_close(common.linear_cka(*far, debiased), want[0, 1], 1e-10, "linear_cka")
-        assert_close(common.cka_matrix([source(far)], 140, debiased, precision="float32"), want, 1e-10, "cka_matrix")
-        for memory in (None, 500_000):
-            mixed = common.cka_matrix([source([far[0], y])], 140, debiased, precision="float32", memory=memory)
-            assert_close(mixed, want, 2e-6, f"float64 beside float32, memory {memory}")
+    """Float64 features keep float64 accuracy, far from 0 and at sizes whose squares no float64 holds."""
+    for m, shapes in ((140, [(9,), (2000,)]), (400, [(9,), (200,)])):  # the second: fewer features than samples
+        layers = [x.double() for x in random_layers(rng(), m, shapes)]
+        for debiased in (False, True):
+            want = literal_cka(layers, debiased)
+            for change in (lambda x: x + 1e4, lambda x: x * 1e160, lambda x: x * 1e-160):
+                changed = [change(x) for x in layers]
+                assert_close(common.linear_cka(*changed, debiased), want[0, 1], 1e-10, "linear_cka")
+                assert_close(common.cka_matrix([source(changed)], m, debiased), want, 1e-10, "cka_matrix")
+            mixed = common.cka_matrix([source([layers[0], layers[1].float()])], m, debiased, memory=2_500_000, batch=16)
+            assert_close(mixed, want, 2e-6, "float64 beside float32")
 
 
-def test_cka_tiny_and_huge():
-    """Features of size 1e-25 and 1e25, whose squares and fourth powers float32 cannot hold."""
+def test_cka_sizes():
+    """Features of size 1e-25 and 1e25 in float32; whole numbers, half precision and truth values are features too."""
     x, y = random_layers(rng(), 60, [(30,), (8,)])
     for a, b in itertools.product((1e-25, 1.0, 1e25), repeat=2):
         want = literal_cka([x * a, y * b])[0, 1]
         assert_close(common.linear_cka(x * a, y * b), want, 2e-6, f"scales {a:g} and {b:g}")
-
-
-def test_cka_batch_and_memory():
-    """Batch and memory change nothing; too little memory to keep the features computes them again."""
-    g, m = rng(), 157
-    layers, others = random_layers(g, m, [(4, 5), (600,), (90,)]), random_layers(g, m, [(700,), (3,)])
-    want = common.gram_statistics([source(layers), source(others)], m, precision="float32")
-    for batch, memory in ((1, None), (7, None), (1000, None), (128, 1_500_000), (128, 700_000), (11, 300_000),
-                          (128, 300_000)):  # the last: less room than a batch needs
-        asked = []
-        got = common.gram_statistics([source(layers, asked), source(others)], m, precision="float32", batch=batch,
-                                     memory=memory)
-        times = sum(stop - start for start, stop in asked[1:]) / m  # the first call only asks for shapes
-        assert times == 1 if memory in (None, 1_500_000) else times > 2, f"each sample was asked for {times} times"
-        for name in ("cka", "debiased_cka", "dominance"):
-            assert_close(getattr(got, name), getattr(want, name), 1e-6, f"{name}, batch {batch}, memory {memory}")
-
-
-def test_cka_layers_in_turn():
-    """Where all Grams take less memory than all features, batches go on side by side, a layer at a time: exact as ever."""
-    g, m = rng(), 130
-    layers, others = random_layers(g, m, [(900 + i,) for i in range(9)], 5), random_layers(g, m, [(800 + i,) for i in range(6)])
-    constant = torch.ones(m, 4)
-    order = []
-
-    def lazily(layers):
-        def features(start, stop):
-            for i, x in enumerate(layers):
-                order.append((start, stop, i))
-                yield x[start:stop]
-        return features
-
-    want = {debiased: literal_cka(layers + others, debiased) for debiased in (False, True)}
-    for make in (lazily, source):
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            got = common.gram_statistics([make(layers), make(others + [constant])], m, precision="float32", batch=25,
-                                         memory=8_000_000)
-        assert got.constant == [15] and len(seen) == 1
-        assert_close(got.cka[:15, :15], want[False], 2e-5, "biased")
-        assert_close(got.debiased_cka[:15, :15], want[True], 2e-5, "debiased")
-    asked = [o for o in order if o[1] > 1][:6 * 9]
-    starts = [(a, min(a + 25, m)) for a in range(0, m, 25)]
-    assert asked == [(a, b, i) for i in range(9) for a, b in starts], "not layer after layer, or asked for twice"
-    broken = layers[:3] + [layers[3].index_fill(0, torch.tensor([77]), math.nan)] + layers[4:]
-    with raises(ValueError, "source 0", "layer 3"):
-        common.cka_matrix([lazily(broken), lazily(others)], m, memory=8_000_000)
-    for changed, words in ((layers[:5], "returned 5 layers"), (layers + others[1:], "source 0")):
-        with raises(ValueError, words):
-            common.cka_matrix([lambda a, b: (x[a:b] for x in (changed if b > 1 else layers))], m, memory=8_000_000)
-
-
-def test_cka_bfloat16():
-    """Reduced precision is near the truth, is really another computation, and is never the explicit float32."""
-    m = 200
-    layers = random_layers(rng(), m, [(50,), (800,), (3000,)], mean=10)
-    want, exact = literal_cka(layers), common.cka_matrix([source(layers)], m, precision="float32")
-    rounded = common.cka_matrix([source(layers)], m, precision="bfloat16")
-    assert_close(rounded, want, 1e-3)
-    assert not torch.equal(rounded, exact), "bfloat16 gave float32's bits"
-    fastest = rounded if common.has_bf16(torch.device("cpu")) else exact
-    assert torch.equal(common.cka_matrix([source(layers)], m), fastest), "the default precision"
-    with raises(ValueError, "float16"):
-        common.cka_matrix([source(layers)], m, precision="float16")
+    for other in ((x * 100).long(), x.half(), x.bfloat16(), x > 0, (x * 20).to(torch.uint8)):
+        want = literal_cka([other.double(), y])[0, 1]
+        shifted = other + 2 ** 30 if other.dtype == torch.int64 else other  # float32 would lose the differences
+        assert_close(common.linear_cka(shifted, y), want, 2e-6, f"{other.dtype}")
 
 
 def test_cka_invariances():
@@ -317,87 +279,6 @@ def test_cka_invariances():
         assert_close(common.linear_cka(changed, y), want, 5e-6, name)
     stretched = common.linear_cka(x * torch.logspace(-2, 2, 25), y)
     assert abs(stretched - want) > 0.01, "a general linear map left CKA as it was"
-
-
-def test_cka_errors():
-    """ValueError for unequal or too few samples, constant or non-finite features, other row counts, little memory."""
-    g = rng()
-    x, y, z = random_layers(g, 40, [(6,), (9,), (2,)])
-    constant = torch.randn(6, generator=g).expand(40, 6)
-    for bad, words in (((x, y[:39]), ["40", "39"]), ((x[:1], y[:1]), ["at least 2"]),
-                       ((x[:3], y[:3], True), ["at least 4"]),
-                       ((constant, y), ["x", "constant"]), ((x, constant), ["y", "constant"])):
-        with raises(ValueError, *words):
-            common.linear_cka(*bad)
-    for value in (math.nan, math.inf, -math.inf):
-        broken = y.clone()
-        broken[33, 4] = value
-        with raises(ValueError, "source 1", "layer 2"):
-            common.cka_matrix([source([x]), source([z, x, broken])], 40, batch=10)
-    with raises(ValueError, "source 0", "rows"):
-        common.cka_matrix([lambda a, b: [x[a:b + 1]]], 39, batch=13)
-    with raises(ValueError, "source 1"):
-        common.cka_matrix([source([x]), lambda a, b: [(x if a else y)[a:b]]], 40, batch=20)
-    with raises(ValueError, "memory=1000"):
-        common.cka_matrix([source([x, y])], 40, memory=1000)
-    with raises(ValueError, "at least 2"):
-        common.cka_matrix([source([x])], 1)
-
-
-def test_cka_constant_layer():
-    """A constant layer gets NaN in its row and column and a warning with its index; the others keep their values."""
-    g = rng()
-    x, y, z = random_layers(g, 50, [(6,), (9,), (200,)])
-    constant = (1e3 * torch.randn(11, generator=g)).expand(50, 11)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        got = common.gram_statistics([source([x, y]), source([constant, z])], 50, precision="float32")
-    assert len(seen) == 1 and "layer 2" in str(seen[0].message) and got.constant == [2]
-    others = [0, 1, 3]
-    for matrix, debiased in ((got.cka, False), (got.debiased_cka, True)):
-        assert matrix[2].isnan().all() and matrix[:, 2].isnan().all()
-        assert_close(matrix[others][:, others], literal_cka([x, y, z], debiased), 2e-5, "other layers")
-
-
-def test_cka_dominance():
-    """The share of sum_ij K'_ij^2 in the rows of the 1 % strongest samples; planted outliers are those samples."""
-    g, m = rng(), 250
-    plain, planted = random_layers(g, m, [(30,), (400,)])
-    outliers = torch.randperm(m, generator=g)[:3]
-    planted[outliers] *= torch.tensor([40.0, 30.0, 20.0])[:, None]
-    got = common.gram_statistics([source([plain, planted])], m, precision="float32", memory=300_000)
-    for i, x in enumerate((plain, planted)):
-        x = x.double() - x.double().mean(0)
-        rows = ((x @ x.T) ** 2).sum(1)
-        strongest = rows.argsort(descending=True)[:3]  # ceil(250 / 100)
-        assert_close(rows[got.dominant[i]] / rows.max(), rows[strongest] / rows.max(), 1e-5, "the samples' strength")
-        assert_close(got.dominance[i], rows[strongest].sum() / rows.sum(), 1e-6, "dominance")
-    assert set(got.dominant[1].tolist()) == set(outliers.tolist()) and got.dominance[1] > 0.5 > got.dominance[0]
-
-
-def test_cka_restores_switches():
-    """torch's switches for products are set while multiplying, and put back afterwards, also after an exception."""
-    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before, x, multiply = [s.fp32_precision for s in switches], torch.randn(20, 4, generator=rng()), common._multiply
-    try:
-        switches[0].fp32_precision, switches[1].fp32_precision = "tf32", "bf16"
-        for precision, *inside in (("float32", "ieee", "ieee"), ("tf32", "tf32", "ieee"), ("bfloat16", "ieee", "bf16")):
-            seen = []
-
-            def noting(*args, fail):
-                seen.append([s.fp32_precision for s in switches])
-                if fail:
-                    raise RuntimeError("planted")
-                multiply(*args)
-
-            for fail in (False, True):
-                with mock.patch.object(common, "_multiply", functools.partial(noting, fail=fail)):
-                    with raises(RuntimeError, "planted") if fail else contextlib.nullcontext():
-                        common.cka_matrix([source([x])], 20, precision=precision)
-                assert [s.fp32_precision for s in switches] == ["tf32", "bf16"], "switches were not restored"
-            assert seen and all(s == inside for s in seen), f"{precision}: switches were {seen[0]}"
-    finally:
-        switches[0].fp32_precision, switches[1].fp32_precision = before
 
 
 def test_cka_block_stands_alone():
@@ -415,29 +296,328 @@ def test_cka_block_stands_alone():
     x, y = random_layers(rng(), 70, [(6,), (90,)])
     want = literal_cka([x, y])
     assert_close(pasted["linear_cka"](x, y), want[0, 1], 2e-5)
-    assert_close(pasted["cka_matrix"]([source([x, y])], 70, precision="float32", memory=100_000), want, 2e-5)
+    assert_close(pasted["cka_matrix"]([source([x, y])], 70, precision="float32", memory=500_000), want, 2e-5)
+
+
+class Hooked:
+    """A network of five layers, whose hooks write into one dictionary, and ways to take features from it."""
+
+    def __init__(self, g, inputs):
+        self.inputs, self.features, width = inputs, {}, inputs.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2 ** 31, (1,), generator=g)))
+            self.net = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(5)))
+        self.net.requires_grad_(False)
+        for name, layer in self.net.named_children():
+            layer.register_forward_hook(functools.partial(self.keep, name))
+        self.net(inputs)
+        self.layers = [x.clone() for x in self.features.values()]
+        self.buffers = [torch.empty_like(x) for x in self.layers]
+
+    def keep(self, name, module, inputs, output):
+        self.features[name] = output
+
+    def run(self, start, stop):
+        self.net(self.inputs[start:stop])
+        return self.features
+
+    def into_buffers(self, start, stop):
+        for buffer, x in zip(self.buffers, self.run(start, stop).values()):
+            buffer[:stop - start] = x
+        return [buffer[:stop - start] for buffer in self.buffers]
+
+    def ways(self):
+        """{what: source}; all of them must give right values."""
+        def by_name(start, stop):
+            self.run(start, stop)
+            for name in self.features:
+                yield self.features[name]
+
+        def lazily(start, stop):
+            x = self.inputs[start:stop]
+            for layer in self.net:
+                x = layer(x)
+                yield x
+
+        def one_buffer(start, stop):
+            for x in list(self.run(start, stop).values()):
+                self.buffers[0][:stop - start] = x
+                yield self.buffers[0][:stop - start]
+
+        return {
+            "list": lambda a, b: list(self.run(a, b).values()), "tuple": lambda a, b: tuple(self.run(a, b).values()),
+            "dict": self.run, "dict's values": lambda a, b: self.run(a, b).values(), "lazy generator": lazily,
+            "map": lambda a, b: map(torch.clone, lazily(a, b)),
+            "generator over the hooks' dictionary": by_name,
+            "its values one by one": lambda a, b: (x for x in self.run(a, b).values()),
+            "numpy": lambda a, b: [x.numpy() for x in self.run(a, b).values()],
+            "reused buffers": self.into_buffers, "reused buffers one by one": lambda a, b: iter(self.into_buffers(a, b)),
+            "one buffer for all": one_buffer, "views of stored": lambda a, b: [x[a:b] for x in self.layers],
+            "inference mode": torch.inference_mode()(lambda a, b: list(self.run(a, b).values())),
+            "with gradients": lambda a, b: [x[a:b].requires_grad_() for x in self.layers]}
+
+
+def test_cka_sources():
+    """Any way to return features gives the literal value, or is refused by name, in any memory and batch."""
+    g, m = rng(), 90
+    inputs = torch.randn(m, 300, generator=g)
+    one, two = Hooked(g, inputs), Hooked(g, inputs)
+    want = literal_cka(one.layers + two.layers)
+    for (way, first), second in zip(one.ways().items(), two.ways().values()):
+        for memory, batch in itertools.product((None, 900_000, 500_000), (7, 30, 200)):
+            got = common.gram_statistics([first, second], m, precision="float32", memory=memory, batch=batch)
+            what = f"{way}, memory {memory}, batch {batch}"
+            assert_close(got.cka, want, 1e-5, what)
+            assert_close(got.left_out, literal_left_out(one.layers + two.layers), 1e-5, f"{what}: left out") \
+                if way == "list" else None
+
+
+def test_cka_refused():
+    """What is no source, or changes its answers, is a ValueError that names it and says what a source is."""
+    g, m = rng(), 40
+    x, y = random_layers(g, m, [(6,), (9,)])
+    noisy = nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Dropout(0.5), nn.Linear(30, 8)).train()
+    broken = y.clone()
+    broken[33, 4] = math.nan
+    good = source([x])
+    cases = {
+        "a source not in a list": (good, ["list of sources", "function"]), "no source": ([], ["list of sources"]),
+        "a tensor": ([good, x], ["source 1", "Tensor", "start, stop"]), "None": ([None], ["source 0", "NoneType"]),
+        "a DataLoader": ([torch.utils.data.DataLoader(x)], ["source 0", "DataLoader", "start, stop"]),
+        "one tensor": ([good, lambda a, b: x[a:b]], ["source 1", "Tensor", "per layer"]),
+        "an array": ([lambda a, b: x[a:b].numpy()], ["source 0", "ndarray"]),
+        "nothing": ([good, lambda a, b: None], ["source 1", "NoneType"]),
+        "no layers": ([good, lambda a, b: []], ["source 1", "0 layers"]),
+        "a layer that is None": ([good, lambda a, b: [x[a:b], None]], ["source 1", "layer 1", "NoneType"]),
+        "a string": ([lambda a, b: ["features"]], ["source 0", "layer 0", "str"]),
+        "complex": ([lambda a, b: [x[a:b], y[a:b] * 1j]], ["source 0", "layer 1", "complex"]),
+        "no features": ([lambda a, b: [x[a:b, :0]]], ["source 0", "layer 0"]),
+        "too many rows": ([good, lambda a, b: [x[a:b + 1]]], ["source 1", "layer 0", "rows"]),
+        "all rows": ([lambda a, b: [x]], ["source 0", "rows"]),
+        "a shape that changes": ([lambda a, b: [(x if a < 20 else y)[a:b]]], ["source 0", "layer 0"]),
+        "fewer layers": ([lambda a, b: [x[a:b], y[a:b]][:1 + (a < 20)]], ["source 0", "1 layers"]),
+        "more layers": ([lambda a, b: (z[a:b] for z in [x, y][:1 + (a > 20)])], ["source 0", "layer 1"]),
+        "the first rows always": ([lambda a, b: [x[:b - a]]], ["source 0", "again"]),
+        "training mode": ([good, lambda a, b: [noisy(x[a:b])]], ["source 1", "training mode"]),
+        "fresh noise": ([lambda a, b: [x[a:b], torch.randn(b - a, 5)]], ["source 0", "again"]),
+        "not finite, first samples": ([lambda a, b: [x[a:b] / 0]], ["source 0", "layer 0", "NaN"]),
+        "not finite, later": ([good, lambda a, b: [x[a:b], broken[a:b]]], ["source 1", "layer 1", "NaN"]),
+        "little memory": ([good], ["memory=500", "needed"])}
+    for case, (sources, words) in cases.items():
+        for memory in (500,) if "memory" in case else (None, 90_000):
+            with raises(ValueError, *words, what=f"{case}, memory {memory}"):
+                common.cka_matrix(sources, m, memory=memory, batch=10)
+    for bad, words in (((x, y[:39]), ["40", "39"]), ((x[:1], y[:1]), ["at least 2"]), ((x[:3], y[:3], True), ["at least 4"]),
+                       ((torch.ones(40, 2), y), ["x", "constant"]), ((x, torch.ones(40, 2)), ["y", "constant"])):
+        with raises(ValueError, *words):
+            common.linear_cka(*bad)
+    for m in (1, 2.5):
+        with raises(ValueError, "at least 2"):
+            common.cka_matrix([good], m)
+
+
+def test_cka_same_memory():
+    """A layer that the network overwrites afterwards, as torchvision's ResNets do, is named with its twin."""
+    g = rng()
+    model = common.build_model("supervised", "cifar", zero_init=False).eval()
+    images = torch.rand(6, 3, 8, 8, generator=g)
+    for clone in (False, True):
+        def hooked(start, stop, modules):
+            features = []
+            hooks = [m.register_forward_hook(lambda m, i, o: features.append(o.clone() if clone else o)) for m in modules]
+            model(images[start:stop])
+            for hook in hooks:
+                hook.remove()
+            return features
+
+        for modules in ((model.bn1, model.relu), (model.layer1[0].bn3, model.layer1[0])):
+            _, seen = quietly(common.cka_matrix, [lambda a, b: hooked(a, b, modules)], 6)
+            warned = [text for text in seen if "same memory" in text]
+            assert len(warned) == (not clone), f"clone {clone}: {seen}"
+            assert clone or all(word in warned[0] for word in ("source 0", "layers 0 and 1", "clone")), warned
+
+
+def test_cka_planner():
+    """Passes at the paper's numbers, and those that are really made, counted in samples that a source is asked for."""
+    layers = [802_816] + [(11_040_000 - 802_816) // 31] * 31  # Figure 2 at 224 px: six networks
+    for memory, most in ((64e9, 4), (20e9, 8)):
+        blocks = common.plan([layers] * 6, 10_000, memory)
+        assert blocks == 1 or blocks + 1 <= most, f"{memory:g} bytes: {blocks} blocks"
+    assert common.plan([[300, 400], [200]], 1000, 1e9) == 0, "fewer features than samples"
+    m, asked = 320, []
+    base, widths = torch.randn(m, 16_384, generator=rng()), [16_384] * 3 + [8192] * 4 + [4096] * 6 + [2048] * 3
+
+    def network(factor):  # the sizes of a ResNet-50's layers at 32 px, and what it holds while it waits
+        def features(start, stop):
+            asked.append(stop - start)
+            x = base[start:stop]
+            for p in widths:
+                odd = [x[:, :p] * factor]
+                x = torch.tanh(x[:, :p] + odd[0] ** 2)
+                yield odd.pop()
+                yield x
+        return features
+
+    results = []
+    for memory, most in ((None, 1.1), (56e6, 3.1), (17.5e6, 6.1)):
+        asked.clear()
+        results.append(common.cka_matrix([network(0.5), network(2)], m, memory=memory, batch=16))
+        assert sum(asked) / (2 * m) <= most, f"memory {memory}: each sample was asked for {sum(asked) / 2 / m} times"
+        assert_close(results[-1], results[0], 1e-6, f"memory {memory}")
 
 
 def test_cka_memory():
-    """At m = 4,000, 16 Grams are 1 GB; with 64 MiB to use, the process grows by a tenth of that from m = 1,000 on.
-
-    Then features of 300 MB that are computed when asked for, in 256 MiB.
-    """
+    """The memory in use stays within 1.2 times the budget and one batch, for generators that compute and for lists."""
     program = """
-import resource, sys, torch, common
-for m in 1000, 4000:
-    layers = [torch.randn(m, 8) for _ in range(16)]
-    common.cka_matrix([lambda a, b: [x[a:b] for x in layers]], m, precision="float32", memory=64 << 20)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-x, w = torch.randn(3000, 8), torch.randn(64, 8, 400)
-common.cka_matrix([lambda a, b: list(x[a:b] @ w)], 3000, precision="float32", memory=256 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+import sys, torch, common
+torch.set_num_threads(1)
+def resident(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+m, x, weights = 700, torch.randn(700, 8), torch.randn(30, 8, 5000)
+def generator(a, b):
+    for w in weights:
+        yield x[a:b] @ w
+def batch(a, b):
+    return list(x[a:b] @ weights)
+for source in generator, batch:
+    batch(0, 25), common.cka_matrix([source], 50)
+    for budget in 400e6, 110e6:
+        before = resident("VmRSS")
+        open("/proc/self/clear_refs", "w").write("5")
+        common.cka_matrix([source], m, precision="float32", memory=budget, batch=25)
+        print(int(resident("VmHWM") - before), int(1.2 * budget + 25 * 30 * 5000 * 4))
 """
-    done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, text=True, check=True)
-    small, large, computed = map(int, done.stdout.split())
-    assert large - small < 100e6, f"grew by {(large - small) / 1e6:.0f} MB"
-    assert computed - large < 1.1 * (256 << 20), f"grew by {(computed - large) / 1e6:.0f} MB"
-    assert done.stderr == "", "progress was shown although stderr is no terminal"
+    if not os.path.exists("/proc/self/clear_refs"):
+        return
+    done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        used, allowed = map(int, line.split())
+        assert used <= allowed, f"{used / 1e6:.0f} MB in use, allowed {allowed / 1e6:.0f}:\n{done.stdout}"
+    assert done.stderr == "", f"not silent without a terminal: {done.stderr}"
+
+
+@contextlib.contextmanager
+def switched(get, put, value):
+    """`put(value)` for a while, and a check that it was left so."""
+    before = get()
+    put(value)
+    try:
+        yield
+        assert get() == value, f"{put.__name__} was {value}, is {get()}"
+    finally:
+        put(before)
+
+
+def test_cka_surroundings():
+    """Autocast, inference mode, a default dtype, determinism and switches of precision change nothing, nor are changed."""
+    layers = random_layers(rng(), 70, [(5,), (900,)], mean=3)
+    sources = [source(layers), lambda a, b: (x[a:b] * 2 for x in layers)]
+
+    def numbers():
+        found = common.gram_statistics(sources, 70, precision="float32", memory=1_500_000, batch=16)
+        return torch.cat([found.cka, found.debiased_cka, common.linear_cka(*layers).expand(1, 4)])
+
+    want = numbers()
+    surroundings = {
+        "inference mode": torch.inference_mode(), "gradients": torch.enable_grad(),
+        "default dtype": switched(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+        "short default dtype": switched(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+        "determinism": switched(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+        "matmul precision": switched(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium")}
+    surroundings |= {f"autocast {dtype}": torch.autocast("cpu", dtype) for dtype in (torch.float16, torch.bfloat16)}
+    for backend, value in ((torch.backends.cuda.matmul, "tf32"), (getattr(torch.backends.mkldnn, "matmul", None), "bf16")):
+        if hasattr(backend, "fp32_precision"):
+            surroundings[value] = switched(lambda b=backend: b.fp32_precision,
+                                           functools.partial(setattr, backend, "fp32_precision"), value)
+    for name, surrounding in surroundings.items():
+        with surrounding:
+            assert torch.equal(numbers(), want), f"{name} changed the numbers"
+            with raises(ValueError, "source 0"):
+                common.cka_matrix([lambda a, b: [layers[0][a:b], None]], 70)
+
+
+def test_cka_noise():
+    """A layer that one sample activates has no debiased CKA, at any m, precision and form; one large sample is told of."""
+    g = rng()
+    for m, p in ((4, 30), (10, 30), (64, 300), (200, 3000), (1000, 30)):
+        y, one, two = torch.randn(m, 2 * p, generator=g), torch.zeros(m, p), torch.zeros(m, p)
+        one[m // 2], two[1:3] = torch.rand(p, generator=g), torch.rand(2, p, generator=g)
+        for precision in precisions(torch.device("cpu")):
+            found, seen = quietly(common.gram_statistics, [source([one, y, two])], m, precision=precision)
+            what = f"m = {m}, p = {p}, {precision}: {found.debiased_cka}, {seen}"
+            assert found.debiased_cka[0].isnan().all() and found.debiased_cka[:, 0].isnan().all(), what
+            assert any("debiased CKA is NaN" in text and "layer 0" in text for text in seen), what
+            assert not found.cka.isnan().any(), what
+        with raises(ValueError, "debiased"):
+            common.linear_cka(one, y, debiased=True)
+    for m, p in ((60, 5), (200, 400), (500, 40)):
+        x, y = random_layers(g, m, [(p,), (p,)])
+        for size in (10, 100, 1000):
+            large = x.clone()
+            large[7] *= size
+            got, seen = quietly(common.cka_matrix, [source([large, y])], m, True, precision="float32")
+            error = (got - literal_cka([large, y], True)).abs().max()
+            assert error < 1e-4 or any("few samples matter" in text for text in seen), f"{m}, {p}, {size}: {error}, {seen}"
+    x = torch.randn(9, 3, generator=g).double() * 1e-320 ** 0.5
+    assert not common.linear_cka(x, x).isnan()
+
+
+def test_cka_constant_layer():
+    """A constant layer gets NaN in its row and column and a warning with its index; the others keep their values."""
+    g = rng()
+    for shapes in ([(6,), (9,), (200,)], [(6,), (9,), (2,)]):  # more and fewer features than samples
+        x, y, z = random_layers(g, 50, shapes)
+        constant = (1e3 * torch.randn(11, generator=g)).expand(50, 11)
+        got, seen = quietly(common.gram_statistics, [source([x, y]), source([constant, z])], 50, precision="float32")
+        assert len(seen) == 1 and "layer 2 (source 1, layer 0)" in seen[0] and got.constant == [2], seen
+        others = [0, 1, 3]
+        for matrix, debiased in ((got.cka, False), (got.debiased_cka, True)):
+            assert matrix[2].isnan().all() and matrix[:, 2].isnan().all()
+            assert_close(matrix[others][:, others], literal_cka([x, y, z], debiased), 2e-5, "other layers")
+
+
+def test_cka_forms():
+    """Fewer features than samples, one block and several: biased, debiased, left-out values and dominance are literal."""
+    g, m = rng(), 250
+    for shapes, memories in (([(30,), (3,), (90,)], (None,)), ([(30,), (3,), (400,)], (None, 600_000, 350_000))):
+        layers = random_layers(g, m, shapes, mean=2)
+        outliers = torch.randperm(m, generator=g)[:3]
+        layers[2][outliers] *= torch.tensor([40.0, 30.0, 20.0])[:, None]
+        for memory in memories:
+            asked = []
+            got = common.gram_statistics([source(layers, asked)], m, precision="float32", memory=memory, batch=50)
+            what = f"{shapes}, memory {memory}"
+            assert memory or sum(asked) == m + 8, f"{what}: asked for {sum(asked)} samples"
+            assert_close(got.cka, literal_cka(layers), 2e-6, what)
+            assert_close(got.debiased_cka, literal_cka(layers, True), 2e-5, f"{what}, debiased")
+            assert_close(got.left_out, literal_left_out(layers), 2e-6, f"{what}, left out")
+            for i, x in enumerate(layers):
+                x = x.double() - x.double().mean(0)
+                rows = ((x @ x.T) ** 2).sum(1)
+                strongest = rows.argsort(descending=True)[:3]  # ceil(250 / 100)
+                assert_close(rows[got.dominant[i]] / rows.max(), rows[strongest] / rows.max(), 1e-5, f"{what}, strength")
+                assert_close(got.dominance[i], rows[strongest].sum() / rows.sum(), 1e-5, f"{what}, dominance")
+            assert set(got.dominant[2].tolist()) == set(outliers.tolist()) and got.dominance[2] > 0.5 > got.dominance[0]
+
+
+def test_cka_standard_error():
+    """The jackknife's error is the spread of CKA over fresh data sets, also for samples sorted by class."""
+    g, m = rng(), 200
+    for p, is_sorted in ((300, False), (300, True), (20, True)):  # the last: fewer features than samples
+        maps, centres, found = torch.randn(2, 6, p, generator=g), 3 * torch.randn(10, 6, generator=g), []
+        for _ in range(100):
+            labels = torch.randint(10, (m,), generator=g)
+            latent = centres[labels.sort().values if is_sorted else labels] + torch.randn(m, 6, generator=g)
+            layers = [latent @ maps[0] + 2 * torch.randn(m, p, generator=g),
+                      torch.relu(latent @ maps[1]) + torch.randn(m, p, generator=g)]
+            found.append(common.gram_statistics([source(layers)], m, precision="float32"))
+        for name, values, errors in (
+                ("biased", [f.cka for f in found], [f.standard_error for f in found]),
+                ("debiased", [f.debiased_cka for f in found], [common.jackknife(f.debiased_left_out) for f in found])):
+            spread = torch.stack(values)[:, 0, 1].std()
+            error = torch.stack(errors)[:, 0, 1].mean()
+            assert 0.75 < error / spread < 1.25, f"{name}, sorted {is_sorted}, p = {p}: {error:.5f}, spread {spread:.5f}"
 
 
 # ======================================================================================================================
@@ -468,25 +648,35 @@ def test_device_purity():
             p.grad = torch.zeros_like(p)
         optimizer.step()
         results["LARS"] = [state["momentum_buffer"] for state in optimizer.state.values()]
-        for precision, kept in itertools.product(("float32", "tf32", "bfloat16"), (True, False)):
-            features = _fake_features(precision, kept)
-            results[f"CKA {precision} {kept}"] = common._sum_over_pairs(features, features.m)
     assert len(results["LARS"]) > 160
     for name, tensors in results.items():
         assert all(t.device.type == "cuda" for t in tensors), f"{name} left the device"
 
 
-def _fake_features(precision, kept):
-    """The object that the CKA's second pass reads, without its first pass, which needs values."""
-    layers = [torch.zeros(300, p, device="cuda") for p in (5, 700)]
-    features = common._CentredFeatures.__new__(common._CentredFeatures)
-    vars(features).update(m=300, batch=70, precision=precision, memory=2 << 20, device=layers[0].device,
-                          dtype=torch.float32, sizes=[2], bytes=[705 * 4], sources=[source(layers)],
-                          first=[[x[0] for x in layers]], shift=[[x.mean(0) for x in layers]],
-                          scale=[[1.0, 1.0]], kept=None, buffer=None, generators=False)
-    if kept:
-        features.kept = [[features._centred(x - x[0], 0, i) for i, x in enumerate(layers)]]
-    return features
+def test_device_purity_cka():
+    """Features on a device without values (meta) stay there: only the last sums are moved to the CPU."""
+    moved = []
+
+    def cpu(x):
+        moved.append(x.device.type)
+        return torch.ones(x.shape, dtype=x.dtype)
+
+    def tolist(x, real=torch.Tensor.tolist):
+        return [True] * len(x) if x.device.type == "meta" else real(x)
+
+    def truth(x, real=torch.Tensor.__bool__):
+        return True if x.device.type == "meta" else real(x)
+
+    stand_ins = {"cpu": cpu, "tolist": tolist, "__bool__": truth, "data_ptr": lambda x: id(x)}
+    with contextlib.ExitStack() as stack:
+        for name, function in stand_ins.items():
+            stack.enter_context(mock.patch.object(torch.Tensor, name, function))
+        for shapes, memory in (((5, 700), None), ((5, 700), 2e6), ((5, 70), None)):
+            layers = [torch.zeros(300, p, device="meta") for p in shapes]
+            sources = [source(layers), lambda a, b: (x[a:b] for x in layers)]
+            common.gram_statistics(sources, 300, precision="float32", memory=memory or 1e9, batch=70)
+            assert len(moved) >= 3 and set(moved) == {"meta"}, f"{shapes}, {memory}: {moved}"
+            moved.clear()
 
 
 # ============================================================================================================
@@ -1751,38 +1941,46 @@ def test_ranks_script():
     assert_log(ranks_folder() / "simclr_seed0.pt")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # Figures
-# ======================================================================================================================
+# ============================================================================================================
+
+FIGURES = {"fig1": ("fig1_internal.py", "1a 1b 1c"), "fig4": ("fig1_internal.py", "4a 4b 4c"),
+           "fig2": ("fig2_cross.py", "2a 2b 2c 2d 2e 2f 4d"), "fig5": ("fig5_aug_heatmaps.py", "5a 5b 5c"),
+           "fig3": ("fig3_probes_invariance.py", "3a 3b 3c 3d 3e 3f 3g 3h")}
+ENDINGS = "", "_debiased", "_left_out", "_debiased_left_out"
+
+
+def draw(name, folder, *flags):
+    """Runs a figure's script with `folder` as --out; returns (arrays, standard output, standard error)."""
+    more = {"fig3": ["--probe-epochs", 2], "fig4": ["--method", "supervised"]}.get(name, [])
+    code, out, err = run_script(FIGURES[name][0], *more, "--out", folder, "--device", "cpu",
+                                "--precision", "float32", *flags)
+    assert code == 0, f"{name}: exit code {code}, {out[-300:]} {err[-300:]}"
+    assert torchvision.io.decode_png(torchvision.io.read_file(str(folder / f"{name}.png"))).shape[2] > 800
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as saved:
+        return dict(saved), out, err
 
 
 @functools.cache
 def tiny_figures():
-    """Every figure of the tiny networks on all 24 test images: name -> dict of arrays."""
-    folder, arrays, load = shared_folder() / "figures", {}, functools.cache(common.load_model)  # loading takes longest
-    for script, name, flags in (("fig1_internal", "fig1", []), ("fig1_internal", "fig4", ["--method", "supervised"]),
-                                ("fig2_cross", "fig2", []), ("fig3_probes_invariance", "fig3", ["--probe-epochs", 2]),
-                                ("fig5_aug_heatmaps", "fig5", [])):
-        flags += ["--checkpoints", tiny_checkpoints(), "--out", folder, "--samples", 24, "--device", "cpu"]
-        with mock.patch.object(common, "load_model", load):
-            code, out, err = run_script(f"{script}.py", "--precision", "float32", *flags)
-        assert code == 0, f"{name}: exit code {code}, {err[-300:]}"
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as saved:
-            arrays[name] = dict(saved)
-        identities = [i for i in ("1a 1b 1c", "4a 4b 4c 4d", "2a 2b 2c 2d 2e 2f", "3a 3b 3c 3d 3e 3f 3g 3h", "5a 5b 5c")
-                      if i[0] == name[-1]][0].split()
-        lines = [line.split(" | ") for line in out.splitlines() if line[:2] in identities]
-        assert [line[0][:2] for line in lines] == identities, f"{name} prints {out}"
-        assert all(line[2] in ("holds", "does not hold", "undecided") for line in lines)
-        assert Image.open(folder / f"{name}.png").width > 800
-    return arrays
+    """(folder, name -> arrays) of every figure of the tiny networks on all 24 test images."""
+    folder, arrays = shared_folder() / "figures", {}
+    with mock.patch.object(common, "load_model", functools.cache(common.load_model)):  # it takes longest
+        for name, (_, identities) in FIGURES.items():
+            arrays[name], out, err = draw(name, folder, "--checkpoints", tiny_checkpoints())
+            lines = [line.split(" | ") for line in out.splitlines() if " | " in line]
+            assert [line[0][:2] for line in lines] == identities.split(), f"{name} prints {out}"
+            assert all(line[2] in ("holds", "does not hold", "undecided") for line in lines)
+            assert "mean nothing" in out and "--debiased" in err, "neither the demo nor few images mentioned"
+    return folder, arrays
 
 
 def literal_features(method, seed):
     """The 32 (and head) representations of the test images by a tiny network, through its test pipeline."""
     model = common.load_model(tiny_checkpoints() / f"{method}_seed{seed}.pt")
-    images = [np.array(Image.open(path)) for path in sorted((tiny_data() / "test").glob("*/*"))]
-    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    images = [torchvision.io.read_image(str(path)) for path in sorted((tiny_data() / "test").glob("*/*"))]
+    x = torch.stack(images).float() / 255
     if method == "supervised":
         mean, std = (torch.tensor(model.settings[name]).view(3, 1, 1) for name in ("mean", "std"))
         x = (x - mean) / std
@@ -1790,154 +1988,186 @@ def literal_features(method, seed):
 
 
 def test_figures_values():
-    """Figures 1, 2 and 4 and the class CKA of Figure 3 equal CKA by definition of the same networks' features."""
-    figures = tiny_figures()
-    features = {(method, seed): literal_features(method, seed) for method in METHODS for seed in (0, 1)}
-    for method, name in zip(METHODS, ("fig1", "fig4")):
-        want = literal_cka(features[method, 0][:32] + features[method, 1][:32])[:32, 32:]
-        assert figures[name]["pairs"].shape == (1, 32, 32) and figures[name]["layers"].tolist() == BACKBONE_LAYERS
-        assert_close(figures[name]["cka"], want, 1e-4, name)
-    pairs = torch.stack([literal_cka(features["simclr", a][:32] + features["supervised", b][:32])[:32, 32:]
-                         for a in (0, 1) for b in (0, 1)])
-    two, mean = figures["fig2"], pairs.mean(0)
-    assert_close(two["pairs"], pairs, 1e-4, "fig2 pairs")
-    assert_close(two["odd"], mean[0::2, 0::2], 1e-4, "odd")
-    assert_close(two["even"], mean[1::2, 1::2], 1e-4, "even")
-    assert_close(two["diag"], mean[1::2, 1::2].diagonal(), 1e-4, "diag")
-    assert_close(two["max"], mean[1::2, 1::2].max(1).values, 1e-4, "max")
-    assert (two["even"][range(16), two["argmax"]] == two["max"]).all() and two["argmax"].shape == (16,)
-    classes = torch.eye(4).repeat_interleave(6, 0)
-    for method in METHODS:
-        shown = [[x for i, x in enumerate(features[method, seed]) if i % 2 or i > 31] for seed in (0, 1)]
-        want = torch.stack([literal_cka([*layers, classes])[-1, :-1] for layers in shown])
-        assert_close(figures["fig3"][f"class_cka_{method}"], want, 1e-4, f"class CKA, {method}")
+    """CKA of Figures 1 to 4 is that by definition, by both estimators, and so is that without tenths."""
+    figures = tiny_figures()[1]
+    one, two, three, four = (figures[name] for name in ("fig1", "fig2", "fig3", "fig4"))
+    features = [literal_features(method, seed) for method in METHODS for seed in (0, 1)]
+    layers = [x for network in features for x in network[:32]]
+    tenths = common.gram_statistics([source(layers)], 24, precision="float32")
+    a, b, c, d = (slice(32 * i, 32 * i + 32) for i in range(4))
+    for ending, want in zip(ENDINGS, (literal_cka(layers), literal_cka(layers, unbiased=True),
+                                      tenths.left_out, tenths.debiased_left_out)):
+        cross = torch.stack([want[..., rows, columns] for rows in (a, b) for columns in (c, d)], -3)
+        assert_close(two[f"pairs{ending}"], cross, 1e-4, f"Figure 2, pairs{ending}")
+        for method, arrays, within in (("simclr", one, want[..., None, a, b]),
+                                       ("supervised", four, want[..., None, c, d])):
+            assert_close(arrays[f"pairs{ending}"], within, 1e-4, f"pairs{ending} of {method}")
+            assert_close(two[f"pairs_{method}{ending}"], within, 1e-4, f"Figure 2, pairs_{method}{ending}")
+        if ending in ("", "_debiased"):
+            odd, even = cross.mean(0)[0::2, 0::2], cross.mean(0)[1::2, 1::2]
+            drawn = {"odd": odd, "even": even, "diag": even.diagonal(), "max": even.amax(1)}
+            for key, values in drawn.items():
+                assert_close(two[key + ending], values, 1e-4, f"Figure 2, {key}{ending}")
+            assert (two[f"even{ending}"][range(16), two[f"argmax{ending}"]] == two[f"max{ending}"]).all()
+            assert_close(one[f"cka{ending}"], want[a, b], 1e-4, f"Figure 1, cka{ending}")
+            for i, network in enumerate(features):
+                shown = [x for j, x in enumerate(network) if j % 2 or j > 31]
+                classes = torch.eye(4).repeat_interleave(6, 0)
+                wanted = literal_cka([*shown, classes], ending == "_debiased")[-1, :-1]
+                got = three[f"class_cka_{METHODS[i // 2]}{ending}"][i % 2]
+                assert_close(got, wanted, 1e-4, f"class CKA{ending}, network {i}")
+    assert one["layers"].tolist() == BACKBONE_LAYERS
 
 
 def test_figures_shapes():
     """Figure 3 has a row per seed and a column per layer; its invariance is the even diagonal of Figure 5."""
-    three, five = tiny_figures()["fig3"], tiny_figures()["fig5"]
+    three, five = (tiny_figures()[1][name] for name in ("fig3", "fig5"))
     for method, layers in (("simclr", 35), ("supervised", 32)):
         shown = [i for i in range(layers) if i % 2 or i > 31]
         for key in ("probe", "invariance", "class_cka"):
             values = three[f"{key}_{method}"]
-            assert values.shape == (2, len(shown)) and values.min() >= 0 and values.max() <= 1 + 1e-6, f"{key}_{method}"
-        correct = three[f"probe_{method}"] * 24
-        assert_close(correct, correct.round(), 1e-4, "probes are right on whole images")
+            assert values.shape == (2, len(shown)) and values.min() >= 0 and values.max() <= 1 + 1e-6, key
         assert five[method].shape == (layers, layers) and len(five[f"layers_{method}"]) == layers
-        assert_close(five[method].diagonal()[shown], three[f"invariance_{method}"].mean(0), 1e-4, method)
+        for ending in ENDINGS:
+            diagonals = five[f"networks_{method}{ending}"].diagonal(axis1=-2, axis2=-1)[..., shown]
+            assert_close(three[f"invariance_{method}{ending}"], diagonals, 1e-4, method + ending)
         assert five[method].diagonal().min() < 0.999, "the two copies are the same images"
 
 
-def test_figures_debiased():
-    """--debiased swaps what a figure shows and what it stores as the other estimator; both differ at 24 images."""
+def test_figures_replot():
+    """--replot gives the same again, with --debiased by the other estimator; damaged files are refused."""
     with temporary_folder() as folder:
-        flags = ["--checkpoints", tiny_checkpoints(), "--out", folder, "--device", "cpu", "--precision", "float32"]
-        code, out, _ = run_script("fig2_cross.py", *flags, "--debiased")
-        assert code == 0 and out.count("by biased CKA: ") == 1
-        biased = tiny_figures()["fig2"]
-        with np.load(folder / "fig2.npz", allow_pickle=False) as saved:
-            assert saved["debiased"] and not biased["debiased"]
-            assert_close(saved["pairs"], biased["pairs_other"], 1e-6, "shown")
-            assert_close(saved["pairs_other"], biased["pairs"], 1e-6, "stored")
-            assert_close(saved["other_2a_0"], biased["finding_2a_0"], 1e-6, "2a")
-            assert abs(saved["pairs"] - biased["pairs"]).max() > 0.05
-
-
-def test_figures_one_seed():
-    """One seed: Figure 4 says that it compares a network with itself; no networks: the script says what to do."""
-    with temporary_folder() as folder:
-        assert_refused("fig2_cross.py", "--checkpoints", folder, "--out", folder / "out", words=["train_"])
-        shutil.copy(tiny_checkpoints() / "supervised_seed0.pt", folder)
-        flags = ["--checkpoints", folder, "--out", folder / "out", "--method", "supervised", "--device", "cpu"]
-        code, out, _ = run_script("fig1_internal.py", *flags)
-        assert code == 0 and "itself" in out
-        with np.load(folder / "out" / "fig4.npz") as saved:
-            assert_close(saved["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
-        assert_refused("fig1_internal.py", *flags, "--samples", 25, words=["--samples", "24"])
-        assert_refused("fig1_internal.py", *flags, "--batch-size", 0, words=["--batch-size"])
+        shutil.copytree(tiny_figures()[0], folder, dirs_exist_ok=True)
+        for name in FIGURES:
+            files = [folder / f"{name}.npz", folder / f"{name}.png"]
+            before = [file.read_bytes() for file in files]
+            with mock.patch.object(common, "build_model", side_effect=AssertionError("a network was made")):
+                biased = draw(name, folder, "--replot")[1]
+                assert [file.read_bytes() for file in files] == before, f"{name} changes"
+                debiased = draw(name, folder, "--replot", "--debiased")[1]
+            assert [file.read_bytes() == old for file, old in zip(files, before)] == [True, False], name
+            summary = next(line for line in biased.splitlines() if line.startswith("debiased CKA: "))
+            for line in (line for line in debiased.splitlines() if " | " in line):
+                first = f"{line[:2]} {line.split(' +- ')[0].split()[-1]}"
+                assert first in summary, f"{name}: {first} is not in {summary}"
+        damaged = (folder / "fig5.npz").read_bytes()
+        (folder / "fig5.npz").write_bytes(damaged[:60] + bytes(3940) + damaged[4000:])
+        (folder / "fig1.npz").unlink()
+        for name, word in (("fig1", "--out"), ("fig5", "damaged")):
+            assert_refused(FIGURES[name][0], "--replot", "--out", folder, words=[f"{name}.npz", word])
 
 
 def test_figures_of_files():
-    """Networks named one by one: a state dict counts as the checkpoint it is from; labels, --replot, refusals."""
-    ours = tiny_checkpoints() / "supervised_seed1.pt"
+    """State dicts give what their checkpoints give, each side by its own flags, and get no verdicts."""
     with temporary_folder() as folder:
-        out, theirs = folder / "out", folder / "moco_seed0.pt"
-        backbone = torch.load(tiny_checkpoints() / "simclr_seed0.pt", weights_only=True)["backbone"]
-        torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in backbone.items()}}, theirs)
-        scripts = {"fig2_cross.py": "fig2", "fig3_probes_invariance.py": "fig3", "fig5_aug_heatmaps.py": "fig5"}
-        same = ["--image-size", 16, "--mean", 0, 0, 0, "--std", 1, 1, 1]  # as the checkpoint was trained
-        flags = ["--supervised", ours, "--data", tiny_data(), "--out", out, "--device", "cpu", "--precision", "float32"]
-        for script, name in scripts.items():
-            more = ["--probe-epochs", 2] if name == "fig3" else []
-            code, text, err = run_script(script, "--simclr", theirs, *same, *flags, *more)
-            assert code == 0 and "SimCLR is moco" in text, f"{name}: {text[-300:]} {err[-300:]}"
-        two, three, five = (dict(np.load(out / f"{name}.npz", allow_pickle=False)) for name in scripts.values())
-        want = tiny_figures()
-        assert_close(two["pairs"], want["fig2"]["pairs"][1:2], 1e-6, "Figure 2, seeds 0 and 1")
-        assert two["name_simclr"] == "moco" and "moco_seed0.pt" in str(two["settings"])
-        for key in ("probe", "class_cka"):  # not invariance: with the ImageNet stem, state dicts get the full distortion
-            assert_close(three[f"{key}_simclr"], want["fig3"][f"{key}_simclr"][:1, :16], 1e-6, key)
-        assert five["simclr"].shape == (32, 32) and "5b" not in five["finding_ids"]
-        assert_close(five["supervised"], want["fig5"]["networks_supervised"][1], 1e-6, "Figure 5, supervised")
+        flags = ["--data", tiny_data(), "--image-size", 16, "--simclr-label", "A$", "--batch-size", 16]
+        for method in METHODS:
+            checkpoint = torch.load(tiny_checkpoints() / f"{method}_seed1.pt", weights_only=True)
+            file, settings = folder / f"{method} $1, b.pth.tar", checkpoint["settings"]
+            torch.save({"state_dict": checkpoint["backbone"]}, file)
+            mean, std = ([0] * 3, [1] * 3) if method == "simclr" else (settings["mean"], settings["std"])
+            flags += [f"--{method}", file, f"--{method}-mean", *mean, f"--{method}-std", *std]
+        found, want = {}, tiny_figures()[1]
+        for name in ("fig2", "fig3", "fig5"):
+            found[name], out, _ = draw(name, folder, *flags)
+            assert "holds" not in out and "SimCLR" not in out and "A$" in out, f"{name} prints {out}"
+        assert [found["fig2"][f"label_{method}"] for method in METHODS] == ["A$", "supervised $1, b"]
+        assert_close(found["fig2"]["pairs"], want["fig2"]["pairs"][3:], 1e-5, "Figure 2, seed 1")
+        for key in ("probe", "class_cka"):  # not invariance: a state dict's augmentation is ImageNet's
+            assert_close(found["fig3"][f"{key}_simclr"], want["fig3"][f"{key}_simclr"][1:, :16], 1e-5, key)
+        assert_close(found["fig5"]["supervised"], want["fig5"]["networks_supervised"][1], 1e-5, "Figure 5")
+        assert found["fig5"]["simclr"].shape == (32, 32)
+    args = common.figure_parser("").parse_args(["--simclr", "a/x, $1.pth.tar", "b.pt"])
+    assert str(common.figure_folder(args)) == str(Path("figures", "x_1_and_1_more"))
 
-        for script, name in scripts.items():
-            picture = (out / f"{name}.png").read_bytes()
-            (out / f"{name}.png").unlink()
-            with mock.patch.object(common, "build_model", side_effect=AssertionError("a network was made")):
-                code, text, _ = run_script(script, "--replot", "--out", out)
-            assert code == 0 and f"{name[3]}a" in text and (out / f"{name}.png").read_bytes() == picture, name
-        (out / "fig2.npz").write_bytes(b"PK")
-        assert_refused("fig2_cross.py", "--replot", "--out", out, words=["fig2.npz", "damaged"])
-        assert_refused("fig1_internal.py", "--replot", "--out", out, words=["fig1.npz", "--out"])
-        damaged = bytearray((out / "fig5.npz").read_bytes())
-        damaged[60:4000] = bytes(3940)
-        (out / "fig5.npz").write_bytes(damaged)
-        assert_refused("fig5_aug_heatmaps.py", "--replot", "--out", out, words=["fig5.npz", "damaged"])
-        assert_refused("fig3_probes_invariance.py", "--replot", "--debiased", "--out", out, words=["--debiased"])
-        assert_refused("fig1_internal.py", "--method", "simclr", *flags, words=["--supervised"])
-        assert_refused("fig2_cross.py", "--simclr", ours, ours, *flags, words=["--simclr", "once"])
-        assert_refused("fig2_cross.py", "--simclr", ours, *flags, "--image-size", 16, words=["--image-size"])
-        assert_refused("fig2_cross.py", "--simclr", folder / "none.pt", *flags, words=["none.pt"])
+
+def test_figures_refused():
+    """What does not fit is one line that says what to do; other images than training's only on purpose."""
+    ours, theirs = (tiny_checkpoints() / f"{method}_seed0.pt" for method in METHODS)
+    with temporary_folder() as folder:
+        other, moved = write_images(folder / "other", rng(), train=6, test=6), folder / "moved.pt"
+        content = torch.load(ours, weights_only=True)
+        content["settings"]["data"] = str(other)
+        torch.save(content, moved)
+        for script, flags, words in (
+                ("fig2_cross.py", ["--checkpoints", folder], ["train_simclr.py"]),
+                ("fig2_cross.py", ["--simclr", ours, theirs], ["--supervised", "fig1_internal.py"]),
+                ("fig2_cross.py", ["--simclr", ours, ours, "--supervised", theirs], ["--simclr", "once"]),
+                ("fig2_cross.py", ["--simclr", ours, "--supervised", ours], ["seed0", "--simclr-label"]),
+                ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised"]),
+                ("fig1_internal.py", ["--simclr", ours, "--image-size", 16], ["--image-size"]),
+                ("fig1_internal.py", ["--simclr", ours, "--simclr-mean", 0, 0, 0], ["--simclr-mean"]),
+                ("fig1_internal.py", ["--simclr", folder / "none.pt"], ["none.pt"]),
+                ("fig1_internal.py", ["--simclr", ours, "--samples", 25], ["--samples", "24"]),
+                ("fig1_internal.py", ["--simclr", moved], ["other images", str(other), "--data", "mean"])):
+            assert_refused(script, *flags, "--out", folder / "out", "--device", "cpu", words=words)
+        found, out, err = draw("fig1", folder, "--simclr", ours, "--data", other)
+        assert found["other_images"] and found["data"] == str(other) and "other images" in err
+        assert "itself" in out
+        assert_close(found["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
 
 
 def test_figures_untrained():
-    """--untrained: networks of other weights than the checkpoints', the same at every call, none of their layers constant."""
-    flags = ["--checkpoints", tiny_checkpoints(), "--samples", 24, "--device", "cpu", "--untrained"]
+    """--untrained: other weights than the checkpoints', the same at every call, no layer constant."""
     with temporary_folder() as folder:
-        found = []
-        for out in ("a", "b"):
-            code, text, err = run_script("fig1_internal.py", *flags, "--out", folder / out)
-            assert code == 0 and "constant" not in err, f"{text[-300:]} {err[-300:]}"
-            with np.load(folder / out / "fig1.npz", allow_pickle=False) as saved:
-                found.append(saved["pairs"])
-                assert "untrained" in str(saved["kind"]) and '"epoch": 0' in str(saved["settings"])
-        assert np.isfinite(found[0]).all() and (found[0] == found[1]).all()
-        assert abs(found[0] - tiny_figures()["fig1"]["pairs"]).max() > 0.01
+        flags = ["--checkpoints", tiny_checkpoints(), "--untrained"]
+        (first, _, err), (second, _, _) = (draw("fig1", folder, *flags) for _ in range(2))
+        assert "constant" not in err and first["untrained"] and '"epoch": 0' in str(first["settings"])
+        assert np.isfinite(first["pairs"]).all() and (first["pairs"] == second["pairs"]).all()
+        assert abs(first["pairs"] - tiny_figures()[1]["fig1"]["pairs"]).max() > 0.01
 
 
-def test_findings():
-    """A claim holds by more than the spread, or, of fewer than three values, for each; Spearman's correlation."""
-    for values, verdict in (([0.3, 0.2], "holds"), ([0.3, -0.1], "undecided"), ([-0.3, -0.1], "does not hold"),
-                            ([0.5, 0.1, 0.4], "holds"), ([0.5, -0.2, 0.1], "undecided"), ([math.nan, 1], "undecided")):
-        assert common.finding("x", "claim", ("number", values, 1, 0))["verdict"] == verdict, f"{values}"
-        mirrored = common.finding("x", "claim", ("number", 1 - np.array(values), -1, 1.0))
-        assert mirrored["verdict"] == verdict, f"{values}, mirrored"
-    two = common.finding("x", "claim", ("good", [1.0], 1, 0), ("bad", [1.0], -1, 0))
-    assert two["verdict"] == "does not hold"
-    got = common.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
-    assert_close(got, [0.8, -1.0], 1e-12, "rank correlation")
-    assert np.isnan(common.rank_correlation(np.array([1.0, math.nan, 3.0])))
+def test_figures_probes():
+    """A probe is batch norm, division by sqrt(p), a linear layer; pieces give the batch's statistics."""
+    batches, new = torch.randn(3, 20, 7, generator=rng()) * 3 + 5, torch.rand(5, 7, generator=rng())
+    probe, norm, linear = fig3.Probe(7, 4), nn.BatchNorm1d(7, affine=False, momentum=None), nn.Linear(7, 4)
+    probe.load_state_dict(linear.state_dict(), strict=False)
+    for x in batches:
+        [(mean, variance)] = fig3.batch_statistics((len(piece), [piece]) for piece in x.split(8))
+        probe.count(mean, variance, len(x))
+        assert_close(probe(x, mean, variance), linear(norm(x) / 7 ** 0.5), 1e-5, "in training")
+    assert_close(probe(new), linear(norm.eval()(new) / 7 ** 0.5), 1e-5, "after training")
 
 
-def test_names_of_files():
-    """Labels: files' names without ending and seed; with their folders where the names alone are the same."""
-    for simclr, supervised, names in (
-            (["a/moco_seed0.pth.tar", "b/moco-seed1.pth.tar"], None, {"simclr": "moco"}),
-            (["a/byol.pt"], ["b/sup.v2.ckpt"], {"simclr": "byol", "supervised": "sup.v2"}),
-            (["moco/last.pth"], ["sup/last.pth"], {"simclr": "moco last", "supervised": "sup last"}),
-            (["seed1.pt"], None, {"simclr": "seed1.pt"}), (["a.pt", "b.pt", "c.pt"], None, {"simclr": "a, b and 1 more"})):
-        args = argparse.Namespace(simclr=simclr, supervised=supervised)
-        assert common.names_of_files(args) == names, f"{simclr} {supervised}: {common.names_of_files(args)}"
+def test_figures_verdicts():
+    """A claim holds by more than the spread; of fewer than three values for each, by two standard errors."""
+    nan = math.nan
+    for values, error, verdict in (
+            ([0.3, 0.2], nan, "holds"), ([0.3, -0.1], nan, "undecided"), ([-0.3, -0.1], nan, "does not hold"),
+            ([0.3, 0.2], 0.12, "holds"), ([0.3, 0.2], 0.13, "undecided"), ([-0.3, -0.2], 0.13, "undecided"),
+            ([0.5, 0.1, 0.4], 9, "holds"), ([0.5, -0.2, 0.1], nan, "undecided"), ([nan, 1], 0, "undecided")):
+        for sign, bound in ((1, "above"), (-1, "below")):
+            some = common.Quantity("x", sign * np.array(values), **{bound: 0}, error=error)
+            assert common.Claim("x", "", [some]).verdict() == verdict, f"{values}, {error}, {bound}"
+            bad = common.Quantity("x", np.ones(1), above=2)
+            assert common.Claim("x", "", [some, bad]).verdict() == "does not hold"
+    got = fig5.rank_correlation(np.array([[1.0, 2.0, 9.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, nan, 3.0, 4.0]]))
+    assert_close(got[:2], [0.8, -1.0], 1e-12, "rank correlation")
+    assert np.isnan(got[2])
+
+
+def test_figures_claims():
+    """Standard errors over images; claim 2d by the strict test; a constant layer catches no dots."""
+    ten = torch.rand(10, 1, 32, 32, generator=rng(), dtype=torch.float64).numpy()
+    arrays = {key: ten[0] for key in ("pairs", "pairs_simclr", "pairs_supervised")}
+    both = arrays | {"pairs_debiased": 2 * ten[0], "pairs_left_out": ten, "pairs_debiased_left_out": 2 * ten}
+    diagonals = ten[:, 0, 0::2, 0::2].diagonal(axis1=1, axis2=2)
+    early_less_late = diagonals[:, :3].mean(1) - diagonals[:, 3:].mean(1)
+    for factor in (1, 2):
+        claims = common.judge(fig2.claims, both, debiased=factor == 2)
+        found = claims[0].quantities[0]
+        assert_close(found.values, factor * early_less_late[:1], 1e-9, "2a")
+        assert_close(found.error, factor * 3 * early_less_late.std(), 1e-9, "error")  # sqrt(9/10 * 10) = 3
+        assert math.isnan(claims[-1].quantities[0].error), "4d has no ten"
+    for dots, count in (([0] * 16, 1), ([2] * 7 + [6] * 6 + [12] * 3, 3), (list(range(16)), 0)):
+        matrix = np.full((1, 32, 32), 0.2)
+        matrix[0, 1::2, 1::2][np.arange(16), dots] = 0.9
+        matrix[:, :, 11] = math.nan  # even layer 6 of supervision is constant
+        matrix[:, 11] = math.nan  # and SimCLR's
+        found = {claim.id: claim.quantities[0].values for claim in fig2.claims(arrays | {"pairs": matrix})}
+        assert found["2d"] == [count], f"2d is {found['2d']} with dots at {dots}"
+        nearest = fig2.most_similar(matrix[0, 1::2, 1::2])
+        assert np.isnan(nearest[5]) and np.isnan(nearest).sum() == 1 and nearest[15] == dots[15], nearest
 
 
 def bench():
