@@ -2163,7 +2163,7 @@ def _by_features(features, dominance):
     products = [owner.new_zeros(ends[-1], ends[-1]) for _ in range(TENTHS)]
     with _float32_products():
         for g in range(TENTHS):
-            for some in every[(features.tenths == g).to(device)].split(ROWS):
+            for some in every[(features.tenths == g).nonzero().flatten().to(device)].split(ROWS):
                 for own in columns:
                     products[g][own, own.start:] += some[:, own].T @ some[:, own.start:]
         whole = sum(products)
