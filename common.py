@@ -1795,7 +1795,8 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
     with contextlib.ExitStack() as surroundings:  # of the caller: they must not change the numbers
         surroundings.enter_context(torch.inference_mode(False))
         for kind in ("cpu", "cuda", "mps"):
-            surroundings.enter_context(torch.autocast(kind, enabled=False))
+            with contextlib.suppress(RuntimeError):  # a torch whose autocast does not know this kind
+                surroundings.enter_context(torch.autocast(kind, enabled=False))
         features = _Features(sources, int(m), precision, batch)
         memory = int(free_memory(features.device) * 0.8 if memory is None else memory)
         widths = [[len(layer.first) for layer in layers] for layers in features.known]
@@ -2255,8 +2256,9 @@ def _precision(wanted, device, m):
 @contextlib.contextmanager
 def _float32_products(tf32=False):
     """Products of float32 matrices are float32 (or TF32) ones, whatever the program chose; put back afterwards."""
-    switches = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    switches = [s for s in switches if hasattr(s, "fp32_precision")]  # torch 2.9; before, one function for all
+    switches = []  # before torch 2.9 there is one function for all
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [s.fp32_precision for s in switches] if switches else torch.get_float32_matmul_precision()
     try:
         if not switches:
