@@ -1664,22 +1664,22 @@ def open_run(args, method, seed, data, device):
 # ============================================================================================================
 # 10. Linear CKA
 # ============================================================================================================
-# For the figures, and for other projects: everything between the two "----" lines works alone when pasted. The
-# order is: API, planner, features of the sources, tiles of Gram matrices, form for few features, statistics,
+# For the figures, and for other projects: what stands between the two "----" lines works alone when pasted.
+# The order is: API, planner, features of the sources, tiles of Gram matrices, form for few features, statistics,
 # switches, memory, progress.
 
 # ---- copy from here ----
-# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples, between
-# all layers of any number of networks, in bounded memory. Needs torch 2.1 or newer and nothing else.
+# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples,
+# between all layers of any number of networks, in bounded memory. Needs torch 2.1 or newer, nothing else.
 #
 # Two saved feature files, or any two arrays with a row per sample:
 #
 #     value = linear_cka(torch.load("x.pt"), torch.load("y.pt"))
 #
-# All layers of networks: write a source, a function that returns the features of samples start to stop - 1, a tensor
-# of stop - start rows per layer, in a list or dict, or from a generator, which needs less memory. It is called for
-# any start and stop, first for a few samples, and must answer the same every time: network in eval mode, data in a
-# fixed order. With hooks and a DataLoader:
+# All layers of networks: write a source, a function that returns the features of samples start to stop - 1,
+# a tensor of stop - start rows per layer, in a list or dict, or from a generator, which needs less memory. It
+# is called for any start and stop, first for a few samples, and must answer the same every time: network in
+# eval mode, data in a fixed order. With hooks and a DataLoader:
 #
 #     def source(start, stop):
 #         features = {}
@@ -1706,8 +1706,8 @@ from typing import NamedTuple
 
 import torch
 
-SOURCE = ("a source is a function source(start, stop) that returns the features of samples start to stop - 1, a "
-          "tensor of stop - start rows per layer, for any start and stop, and the same every time")
+SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
+          "a tensor of stop - start rows per layer, for any start and stop, and the same every time")
 TENTHS = 10  # groups of samples, each of which is left out once for the standard error
 STRIP, BAND = 64, 256  # rows of a Gram matrix that are kept together, and that are multiplied at a time
 ROWS = 2048  # samples that are added up in float32 at most
@@ -1717,11 +1717,11 @@ class GramStatistics(NamedTuple):
     """What one pass over the Gram matrices of L layers gives; all on the CPU, sums in float64."""
 
     cka: torch.Tensor  # (L, L) float64, Eq. (2) with the biased HSIC; NaN where a layer is constant
-    debiased_cka: torch.Tensor  # (L, L) float64, unbiased HSIC of Song et al. 2012; NaN for fewer than 4 samples
+    debiased_cka: torch.Tensor  # (L, L) float64, unbiased HSIC of Song et al. 2012; NaN for under 4 samples
     dominance: torch.Tensor  # (L,) float64 in [0, 1]: share of HSIC(K, K) in the rows of its strongest 1 %
     dominant: torch.Tensor  # (L, ceil(m / 100)) int64: those samples, the strongest first
     constant: list  # indices of layers that are the same for every sample
-    left_out: torch.Tensor  # (10, L, L) float64: `cka` without each tenth of the samples (random, always the same)
+    left_out: torch.Tensor  # (10, L, L) float64: `cka` without each tenth of the samples, chosen at random
     debiased_left_out: torch.Tensor  # (10, L, L) float64: `debiased_cka` likewise
 
     @property
@@ -1731,21 +1731,23 @@ class GramStatistics(NamedTuple):
 
 
 def jackknife(values):
-    """Standard error over samples of a cell, or of what follows from a matrix, given without each tenth (10, ...)."""
+    """Standard error over samples of what follows from `left_out`: from ten values (10, ...) one (...)."""
     return ((values - values.mean(0)).square().sum(0) * (len(values) - 1) / len(values)).sqrt()
 
 
 def linear_cka(x, y, debiased=False):
-    """Linear CKA of two representations of the same m samples: a 0-d float64 tensor (float32 on MPS) on x's device.
+    """Linear CKA of two representations of the same m samples: 0-d float64 on x's device (MPS: float32).
 
-    x (m, ...) and y (m, ...), tensors or numpy arrays of any trailing shape, are flattened per sample. The biased
-    CKA, Eq. (2), lies in [0, 1]; the debiased one (Song et al. 2012; Nguyen et al. 2021) is at most 1 and about 0
-    for unrelated representations. Products are float32, or float64 if an input is. ValueError for unequal m, fewer
-    than 2 samples (debiased: 4), a representation that is constant over samples, or NaN or infinite values.
+    x (m, ...) and y (m, ...), tensors or numpy arrays of any trailing shape, are flattened per sample. The
+    biased CKA, Eq. (2), lies in [0, 1]; the debiased one (Song et al. 2012; Nguyen et al. 2021) is at most 1
+    and about 0 for unrelated representations. Products are float32, or float64 if an input is. ValueError for
+    unequal m, fewer than 2 samples (debiased: 4), a representation that is constant over samples, NaN or
+    infinite values.
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise ValueError(f"linear_cka compares the same samples: got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"linear_cka compares the same samples: got shapes {shapes}")
     if len(x) < (4 if debiased else 2):
         raise ValueError(f"linear_cka needs at least {4 if debiased else 2} samples, got {len(x)}")
     sources = [lambda start, stop: [x[start:stop]], lambda start, stop: [y[start:stop]]]
@@ -1761,7 +1763,7 @@ def linear_cka(x, y, debiased=False):
 
 
 def cka_matrix(sources, m, debiased=False, **options):
-    """(L, L) float64 tensor on the CPU: linear CKA between all layers of all sources; see `gram_statistics`."""
+    """(L, L) float64 on the CPU: linear CKA between all layers of all sources; see `gram_statistics`."""
     statistics = gram_statistics(sources, m, **options)
     return statistics.debiased_cka if debiased else statistics.cka
 
@@ -1770,25 +1772,25 @@ def cka_matrix(sources, m, debiased=False, **options):
 def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominance=True):
     """`GramStatistics` of all layers of all `sources`, over samples 0 to m - 1, exact for any m.
 
-    sources: list of functions, one per network or view, as the comment at the top describes them. Layers may differ
-        in number and shape. Tokens, channels and positions are flattened: pick or average them first if you wish.
-    precision: of the Gram matrices' products: "float32"; "tf32" (CUDA); "float16" (CUDA) or "bfloat16": rounded
-        inputs (on CPUs results too). None: the fastest with errors below 1e-4. Features are centred first, which is
-        what makes rounding harmless. Float64 features keep float64 products.
-    memory: bytes on the features' device to use beside one batch's forward pass; None: four fifths of what is free.
-        The less, the more often a source is asked for the same samples: see `plan`.
+    sources: list of functions, one per network or view, as the comment at the top describes them. Layers may
+        differ in number and shape. Tokens, channels and positions are flattened: pick or average them first.
+    precision: of the Gram matrices' products: "float32"; "tf32" (CUDA); "float16" (CUDA) or "bfloat16":
+        rounded inputs (on CPUs results too). None: the fastest with errors below 1e-4. Features are centred
+        first, which is what makes rounding harmless. Float64 features keep float64 products.
+    memory: bytes on the features' device to use beside one batch's forward pass; None: four fifths of what is
+        free. The less, the more often a source is asked for the same samples: see `plan`.
     batch: samples per call of a source.
     dominance: False leaves it out, which saves two fifths of the products where features are few.
 
-    How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are cut
-    into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by layer; all
-    pairs of layers' products are summed over it; the next tile takes its place. A single block asks for every sample
-    once. With more, the means take a pass of their own, so that nothing depends on the order of samples. Rows of K'
-    sum to zero, so the debiased estimator needs K's diagonal besides, nothing else. If all layers together have
-    fewer features than samples, HSIC(K, L) is the squared norm of Xt Y instead, exactly.
+    How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are
+    cut into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by
+    layer; all pairs of layers' products are summed over it; the next tile takes its place. One block asks for
+    every sample once. With more, the means take a pass of their own, so that nothing depends on the order
+    of samples. Rows of K' sum to zero, so the debiased estimator needs K's diagonal besides, nothing else. If
+    all layers together have fewer features than samples, HSIC(K, L) is the squared norm of Xt Y, exactly.
 
     ValueError for what is no source, for answers that change or are not finite, and for too little memory. A
-    constant layer gets NaN and a warning, and so does a debiased value that would be made of rounding errors.
+    constant layer gets NaN and a warning; so does a debiased value that would be made of rounding errors.
     """
     if int(m) != m or m < 2:
         raise ValueError(f"CKA needs at least 2 samples, got m = {m}")
@@ -1802,16 +1804,17 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
         widths = [[len(layer.first) for layer in layers] for layers in features.known]
         blocks = plan(widths, features.m, memory, features.batch, features.held, features.dtype.itemsize,
                       features.product_dtype.itemsize)
-        return _statistics(features, *(_by_tiles(features, blocks) if blocks else _by_features(features, dominance)))
+        sums = _by_tiles(features, blocks) if blocks else _by_features(features, dominance)
+        return _statistics(features, *sums)
 
 
 def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4):
     """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
-    0 stands for the form for fewer features than samples. widths: per source, its layers' numbers of features. held:
-    per source, bytes per sample that its suspended calls keep; None: its largest layer, as in a network that is
-    computed layer by layer. A source is asked for every sample once if there is one block, else once per block and
-    once more. ValueError with the bytes needed if not even blocks of a few samples fit.
+    0 stands for the form for few features. widths: per source, its layers' numbers of features.
+    held: per source, the bytes per sample that its suspended calls keep; None: its largest layer, as in a
+    network that is computed layer by layer. A source is asked for every sample once if there is one block,
+    else once per block and once more. ValueError with the bytes needed if not even blocks of 8 samples fit.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
     held = largest * itemsize if held is None else max(held)
@@ -1820,11 +1823,12 @@ def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4
 
     def needed(blocks):
         rows = -(-m // blocks)
-        once = 2 * itemsize * (features + layers * m)  # first sample and mean of all layers; what is known of rows
-        if blocks == 1:  # a triangle, all samples of one layer, and once more if rounded
+        always = 2 * itemsize * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
+        if blocks == 1:  # a triangle; one layer, and once more if it is rounded; what its calls keep
             short = product_itemsize if product_itemsize < itemsize else 0
-            return once + itemsize * layers * rows * (rows + STRIP) // 2 + rows * (largest * (itemsize + short) + held)
-        return once + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
+            triangle = layers * rows * (rows + STRIP) // 2
+            return always + itemsize * triangle + rows * (largest * (itemsize + short) + held)
+        return always + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
     most = -(-m // min(batch, 8))
     blocks = next((blocks for blocks in range(1, most + 1) if needed(blocks) <= memory), None)
@@ -1834,7 +1838,7 @@ def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4
 
 
 class _Features:
-    """The features of all sources: asked for, checked, and centred over all samples and scaled, layer by layer."""
+    """The features of all sources: asked for, checked, and centred over all samples, layer by layer."""
 
     def __init__(self, sources, m, precision, batch):
         if not isinstance(sources, (list, tuple)) or not sources:
@@ -1852,27 +1856,30 @@ class _Features:
                        for i, x in enumerate(layers)] for s, layers in enumerate(first)]
         self.every = [layer for layers in self.known for layer in layers]
         # random tenths: no order of samples, sorted by class or class after class, makes one of them a class
-        self.tenths = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % TENTHS
+        generator = torch.Generator("cpu").manual_seed(0)
+        self.tenths = torch.randperm(m, generator=generator, device="cpu") % TENTHS
 
     def ask(self, s, start, stop, note=None):
         """Yields the layers of one call, checked, as floats (stop - start, p); holds on to none of them.
 
         `note` is called with every layer in the source's own memory.
         """
-        layers, known, i = self.sources[s](start, stop), self.known[s], 0
+        try:
+            layers, known, i = self.sources[s](start, stop), self.known[s], 0
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"source {s} failed when called ({error}); {SOURCE}") from error
         layers = layers.values() if isinstance(layers, dict) else layers
-        if isinstance(layers, (str, torch.Tensor)) or hasattr(layers, "dtype") or not hasattr(layers, "__iter__"):
+        if isinstance(layers, str) or hasattr(layers, "dtype") or not hasattr(layers, "__iter__"):
             raise ValueError(f"source {s} returned a {type(layers).__name__}; {SOURCE}")
         if self.copied[s]:
             layers = [torch.as_tensor(x).clone() for x in layers]
         for x in layers:
             x = _checked(x, stop - start, f"source {s}, layer {i}, samples {start} to {stop - 1}")
             if known and (i >= len(known) or len(known[i].first) != x.shape[1]):
-                raise ValueError(f"source {s}, layer {i}: not there, or of another size, for the first samples")
+                raise ValueError(f"source {s}, layer {i}: not there or of another size for the first samples")
             if note:
                 note(x)
-            wide = x.dtype == torch.float64 or (x.dtype.itemsize > 2 and not x.dtype.is_floating_point)
-            passing = [x.to(self.device or x.device, self.dtype or (torch.float64 if wide else torch.float32))]
+            passing = [x.to(self.device or x.device, self.dtype or _working_dtype(x))]
             del x
             i += 1
             yield passing.pop()
@@ -1880,15 +1887,16 @@ class _Features:
             raise ValueError(f"source {s} returned {i} layers for samples {start} to {stop - 1}; {SOURCE}")
 
     def open(self, s, start, stop):
-        """(start, stop, layers) of the calls, a batch each, that cover these samples; nothing is computed yet."""
+        """[(start, stop, layers)] of the calls, a batch each, that cover these samples; none runs yet."""
         edges = [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
         return [(a, b, self.ask(s, a, b)) for a, b in edges]
 
     def layers(self, s, start, stop, place=None):
-        """Yields the layers of source s, (stop - start, p) and centred, each in the memory place(layer, dtype).
+        """Yields the layers of source s, (stop - start, p), centred, each in the memory place(layer, dtype).
 
-        The calls for all batches go on side by side, a layer at a time: a generator holds no more than it needs for
-        the next. Without a place, or where all samples come at once, the layers' means are found first.
+        The calls for all batches go on side by side, a layer at a time: a generator holds no more than it
+        needs for the next. Means that are not known yet are found first: with a place from all samples, which
+        come at once; without one, from block to block.
         """
         calls = self.open(s, start, stop)
         for layer in self.known[s]:
@@ -1915,7 +1923,7 @@ class _Features:
 
 
 class _Layer:
-    """What is known of one layer: its first sample; then, from the differences from it, its mean and its size.
+    """What is known of one layer: its first sample; then, by differences from it, its mean and its size.
 
     Differences are exactly 0 for a constant layer, and accurate for any mean.
     """
@@ -1952,15 +1960,22 @@ def _checked(x, rows, where):
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{where}: a {type(x).__name__} in place of a tensor; {SOURCE}") from None
     if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
-        raise ValueError(f"{where}: {x.dtype} features of shape {tuple(x.shape)}, expected {rows} rows of real numbers")
+        shape = tuple(x.shape)
+        raise ValueError(f"{where}: {x.dtype} of shape {shape}, expected {rows} rows of real numbers")
     return x.reshape(rows, -1)
 
 
-def _look(features, s):
-    """Sample 0 of all layers of source s, which is asked for a few samples at once and by two calls side by side.
+def _working_dtype(x):
+    """float64 for what float32 could not hold, else float32."""
+    wide = x.dtype == torch.float64 or (x.dtype.itemsize > 2 and not x.dtype.is_floating_point)
+    return torch.float64 if wide else torch.float32
 
-    Notes what a suspended call holds per sample. If the answers differ, but not where one call is over before the
-    next begins, calls share state and will be copied. Otherwise the source is refused.
+
+def _look(features, s):
+    """Sample 0 of all layers of source s, which is asked for a few, at once and by two calls side by side.
+
+    Notes what a suspended call holds per sample. If the answers differ, but not where one call is over before
+    the next begins, calls share state and will be copied. Otherwise the source is refused.
     """
     if not callable(features.sources[s]):
         raise ValueError(f"source {s} is a {type(features.sources[s]).__name__}, not a function; {SOURCE}")
@@ -1972,8 +1987,9 @@ def _look(features, s):
     same = [(i, j) for j, y in enumerate(raw) for i, x in enumerate(raw[:j])
             if x.data_ptr() == y.data_ptr() and x.numel() == y.numel() and torch.equal(layers[i], layers[j])]
     if same:
-        warnings.warn(f"source {s}: layers {same[0][0]} and {same[0][1]} are the same memory ({len(same)} such pairs): "
-                      "if a hook returned one before the network overwrote it, clone it in the hook", stacklevel=5)
+        pair = f"layers {same[0][0]} and {same[0][1]}"
+        warnings.warn(f"source {s}: {pair} are the same memory ({len(same)} such pairs): if a hook returned "
+                      "one before the network overwrote it, clone it in the hook", stacklevel=5)
     raw.clear()
     halves = [(0, half), (half, few)]
     others, held_by_half = _side_by_side(features, s, halves)
@@ -1982,8 +1998,8 @@ def _look(features, s):
     else:
         features.copied[s], features.held[s] = True, sum(x[0].nbytes for x in layers)
         if not _agree(layers, _side_by_side(features, s, halves)[0]):
-            raise ValueError(f"source {s} gives other features when asked again: dropout or batch norm in training "
-                             f"mode, or samples in another order? {SOURCE}")
+            raise ValueError(f"source {s} gives other features when asked again: dropout or batch norm in "
+                             f"training mode, or samples in another order? {SOURCE}")
     return [x[0].clone() for x in layers]
 
 
@@ -1998,7 +2014,7 @@ def _side_by_side(features, s, edges, note=None):
 
 
 def _agree(layers, others):
-    """True if two answers are the same but for kernels that round by the batch: far below the samples' spread."""
+    """True if two answers differ by no more than rounding, which may depend on the batch."""
     for x, y in zip(layers, others):
         unit = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
         x, y = x / unit, y / unit
@@ -2008,12 +2024,12 @@ def _agree(layers, others):
 
 
 def _held_by(call):
-    """Bytes of the tensors that a suspended call keeps alive: those in its frames and in containers found there."""
+    """Bytes of the tensors that a suspended call keeps alive, in its frames or in containers there."""
     containers = (list, tuple, dict, set, types.FrameType, types.CellType)
     seen, storages, waiting = {}, {}, [call]
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, dict) and "__builtins__" in thing:  # the latter: a module's names
+        if id(thing) in seen or isinstance(thing, dict) and "__builtins__" in thing:  # a module's names
             continue
         seen[id(thing)] = thing
         if isinstance(thing, torch.Tensor):
@@ -2024,7 +2040,7 @@ def _held_by(call):
 
 
 class _Strip(NamedTuple):
-    """Some rows of every layer's Gram matrix, with the columns sorted by the tenth that their samples belong to."""
+    """Some rows of every layer's Gram matrix; columns are sorted by the tenth that their samples are in."""
 
     row: int  # the sample of the first row
     column: int  # the sample of the first column before sorting
@@ -2081,19 +2097,20 @@ def _strips(memory, tenths, rows, columns, count):
 
 def _fill(strips, features, rows, columns, memory, diagonal, progress):
     """Forms every layer's Gram matrix in a tile's strips, and its diagonal if the tile is on it."""
-    def place(layer, dtype):
+    def own_memory(layer, dtype):
         shape = rows[1] - rows[0], len(layer.first)
         return memory[:math.prod(shape)].view(shape)
 
     places, index = strips[0].order.argsort(), 0  # where the columns go, if they are all in one strip
     for s, known in enumerate(features.known):
         others = features.open(s, *columns) if rows != columns else []
-        for layer, x in zip(known, features.layers(s, *rows, place)):
+        for layer, x in zip(known, features.layers(s, *rows, own_memory)):
             if rows == columns:
                 diagonal[index, rows[0]:rows[1]] = _fill_triangle(x, strips, index, features)
             for a, b, layers in others:
                 y = layer.centred(next(layers) - layer.first).to(x.dtype)
-                strips[0].values[index].index_copy_(1, places[a - columns[0]:b - columns[0]], _product(x, y, features))
+                place = places[a - columns[0]:b - columns[0]]
+                strips[0].values[index].index_copy_(1, place, _product(x, y, features))
             progress.add(rows[1] - rows[0] + sum(b - a for a, b, _ in others))
             index += 1
         for _, _, layers in others:
@@ -2127,7 +2144,7 @@ def _product(x, y, features):
 
 
 def _add(strip, tenths, pairs, row_sums):
-    """Adds a strip's entries, multiplied for all pairs of layers, to the sums; float32 sums are of at most 2,048."""
+    """Adds a strip's entries, multiplied for all pairs of layers, to the sums; float32 for 2,048 at most."""
     samples = strip.column + strip.order
     for a in range(0, strip.values.shape[1], STRIP):
         part = strip.values[:, a:a + STRIP]
@@ -2139,7 +2156,7 @@ def _add(strip, tenths, pairs, row_sums):
         own, start = tenths[rows].to(part.device), 0
         for g, end in enumerate(strip.ends):
             for piece in part[:, :, start:end].split(2048, dim=2) if end > start else ():
-                products = torch.bmm(piece.transpose(0, 1), piece.permute(1, 2, 0))  # of pairs of layers, row by row
+                products = torch.bmm(piece.transpose(0, 1), piece.permute(1, 2, 0))  # (rows, L, L)
                 row_sums[:, rows] += products.diagonal(dim1=1, dim2=2).T
                 by_tenth = torch.zeros_like(pairs[0]).index_add_(0, own, products.to(pairs.dtype))
                 pairs[0] += by_tenth
@@ -2160,7 +2177,8 @@ def _by_features(features, dominance):
         for _ in features.layers(s, 0, m, lambda layer, dtype: every[:, where[layer]]):
             pass
     features.refuse_infinite()
-    owner = torch.block_diag(*(torch.ones(p, 1, dtype=_wide(device), device=device) for p in widths))  # (P, L)
+    ones = [torch.ones(p, 1, dtype=_wide(device), device=device) for p in widths]
+    owner = torch.block_diag(*ones)  # (P, L): which layer a feature is of
     products = [owner.new_zeros(ends[-1], ends[-1]) for _ in range(TENTHS)]
     with _float32_products():
         for g in range(TENTHS):
@@ -2186,8 +2204,8 @@ def _squares(diagonal, tenths):
 def _statistics(features, off, removed, diagonal, rows):
     """`GramStatistics` from sums over samples.
 
-    off (L, L): K'_ij L'_ij over all i != j; removed (10, L, L): over those with i or j of a tenth; diagonal (L, m):
-    K'_ii; rows (L, m): K'_ij^2 over j. A tenth that is left out leaves the means as they are.
+    off (L, L): K'_ij L'_ij over all i != j; removed (10, L, L): over those with i or j of a tenth; diagonal
+    (L, m): K'_ii; rows (L, m): K'_ij^2 over j. Leaving out a tenth leaves the means as they are.
     """
     diagonal, rows = diagonal.cpu().double(), rows.cpu().double()
     squares = _squares(diagonal, features.tenths)
@@ -2211,7 +2229,7 @@ def _statistics(features, off, removed, diagonal, rows):
     shaky = (noise > 1e-4 * value) & ~lost & ~constant
     unbiased[:, lost] = unbiased[:, :, lost] = math.nan
     _warn("constant over samples, so CKA is NaN", constant, features)
-    _warn("debiased HSIC is all rounding errors, as so few samples matter, so debiased CKA is NaN", lost, features)
+    _warn("so few samples matter that debiased HSIC is all rounding, so debiased CKA is NaN", lost, features)
     _warn("few samples matter, so debiased CKA may be off by more than 1e-4", shaky, features)
     top = rows.topk(-(-features.m // 100), dim=1)
     cka, debiased = _normalised(hsic), _normalised(unbiased)
@@ -2233,7 +2251,7 @@ def _normalised(hsic):
 
 
 def _rounding(features):
-    """A bound of the relative rounding errors of what cancels, those that a whole row has in common included."""
+    """A bound of the relative rounding errors of what cancels, also of those that a whole row shares."""
     unit = torch.finfo(features.dtype).eps / 2
     if features.few:
         return unit * ROWS / 4
@@ -2242,20 +2260,22 @@ def _rounding(features):
 
 
 def _precision(wanted, device, m):
-    """The precision of products: the one wanted, or a good one for m samples; ValueError if it is not to be had."""
+    """The precision of products: the one wanted, or a good one for m samples; ValueError if there is none."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    short = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip  # float32 results: torch 2.8, CUDA
+    # half-precision products with float32 results: torch 2.8, not on AMD
+    short = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip
     able = {"float16": short and major >= 7, "tf32": major >= 8, "float32": True,
             "bfloat16": short and major >= 8 or device.type == "cpu" and has_bf16(device)}
     names = [name for name in ("float16", "bfloat16", "tf32", "float32") if able[name]]
     if wanted is not None and wanted not in names:
-        raise ValueError(f"precision {wanted!r}: {device} with torch {torch.__version__} has {', '.join(names)}")
-    return wanted or (names[0] if m >= 512 else "float32")  # fewer samples: products are quick, and rounding shows
+        has = f"{device} with torch {torch.__version__} has {', '.join(names)}"
+        raise ValueError(f"precision {wanted!r}: {has}")
+    return wanted or (names[0] if m >= 512 else "float32")  # of fewer, rounding shows and saves little
 
 
 @contextlib.contextmanager
 def _float32_products(tf32=False):
-    """Products of float32 matrices are float32 (or TF32) ones, whatever the program chose; put back afterwards."""
+    """Products of float32 matrices are float32 (or TF32), whatever was chosen, which is put back."""
     switches = []  # before torch 2.9 there is one function for all
     if hasattr(torch.backends.mkldnn, "matmul"):
         switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
@@ -2288,18 +2308,18 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    free = []
+    free = [4 << 30]  # where nobody says
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Linux: half of what there is
+        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     with contextlib.suppress(OSError, StopIteration):
         with open("/proc/meminfo") as file:
-            free.append(int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10)
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # where nobody says: half of what there is
-        free = free or [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+            free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
     for limit, used in (("memory.max", "memory.current"),
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # the container's; the word "max" where there is none
             with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
                 free.append(int(most.read()) - int(now.read()))
-    return max(min(free, default=4 << 30), 1 << 28)
+    return max(min(free), 1 << 28)
 
 
 def _wide(device):
@@ -2307,7 +2327,7 @@ def _wide(device):
 
 
 class _Progress:
-    """How far, and the time left, on stderr: only on a terminal, and only for what takes more than a few seconds."""
+    """How far, and the time left, on stderr: only on a terminal, and only after a few seconds."""
 
     def __init__(self, what, total):
         self.what, self.total, self.done = what, max(1, total), 0
@@ -2320,7 +2340,8 @@ class _Progress:
         if sys.stderr.isatty() and now - self.start > 3 and now - self.shown > 0.5:
             self.shown = now
             left = (now - self.start) * (self.total / max(1, self.done) - 1)
-            print(f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   ", end="", file=sys.stderr)
+            text = f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   "
+            print(text, end="", file=sys.stderr)
 
     def close(self):
         """Clears the line, if one was shown."""

@@ -384,6 +384,7 @@ def test_cka_refused():
         "a source not in a list": (good, ["list of sources", "function"]), "no source": ([], ["list of sources"]),
         "a tensor": ([good, x], ["source 1", "Tensor", "start, stop"]), "None": ([None], ["source 0", "NoneType"]),
         "a DataLoader": ([torch.utils.data.DataLoader(x)], ["source 0", "DataLoader", "start, stop"]),
+        "a network": ([good, nn.Linear(6, 2)], ["source 1", "start, stop"]),
         "one tensor": ([good, lambda a, b: x[a:b]], ["source 1", "Tensor", "per layer"]),
         "an array": ([lambda a, b: x[a:b].numpy()], ["source 0", "ndarray"]),
         "nothing": ([good, lambda a, b: None], ["source 1", "NoneType"]),
