@@ -2059,6 +2059,7 @@ def _by_tiles(features, blocks):
         for s in range(len(features.sources)):
             for _ in features.layers(s, *rows):
                 progress.add(rows[1] - rows[0])
+    tenths = features.tenths.to(device)
     # sums over i < j: by the tenth of i, by that of j, where both are of the same
     pairs = torch.zeros(3, TENTHS, count, count, dtype=_wide(device), device=device)
     diagonal, row_sums = (torch.zeros(count, m, dtype=dtype, device=device) for _ in range(2))
@@ -2073,7 +2074,7 @@ def _by_tiles(features, blocks):
             _fill(strips, features, rows, columns, layer, diagonal, progress)
             with _float32_products():
                 for strip in strips:
-                    _add(strip, features.tenths, pairs, row_sums)
+                    _add(strip, tenths, pairs, row_sums)
     progress.close()
     features.refuse_infinite()
     pairs = pairs.cpu().double()
@@ -2153,12 +2154,12 @@ def _add(strip, tenths, pairs, row_sums):
         for row in part.unbind(1):
             squares.addcmul_(row, row)
         row_sums.index_add_(1, samples, squares)
-        own, start = tenths[rows].to(part.device), 0
+        start = 0
         for g, end in enumerate(strip.ends):
             for piece in part[:, :, start:end].split(2048, dim=2) if end > start else ():
                 products = torch.bmm(piece.transpose(0, 1), piece.permute(1, 2, 0))  # (rows, L, L)
                 row_sums[:, rows] += products.diagonal(dim1=1, dim2=2).T
-                by_tenth = torch.zeros_like(pairs[0]).index_add_(0, own, products.to(pairs.dtype))
+                by_tenth = torch.zeros_like(pairs[0]).index_add_(0, tenths[rows], products.to(pairs.dtype))
                 pairs[0] += by_tenth
                 pairs[1, g] += by_tenth.sum(0)
                 pairs[2, g] += by_tenth[g]
@@ -2230,7 +2231,8 @@ def _statistics(features, off, removed, diagonal, rows):
     unbiased[:, lost] = unbiased[:, :, lost] = math.nan
     _warn("constant over samples, so CKA is NaN", constant, features)
     _warn("so few samples matter that debiased HSIC is all rounding, so debiased CKA is NaN", lost, features)
-    _warn("few samples matter, so debiased CKA may be off by more than 1e-4", shaky, features)
+    what = f"few samples matter, so {features.precision} debiased CKA may be off by more than 1e-4"
+    _warn(what, shaky, features)
     top = rows.topk(-(-features.m // 100), dim=1)
     cka, debiased = _normalised(hsic), _normalised(unbiased)
     return GramStatistics(cka[0], debiased[0], top.values.sum(1) / rows.sum(1), top.indices,
