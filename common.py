@@ -1665,8 +1665,8 @@ def open_run(args, method, seed, data, device):
 # 10. Linear CKA
 # ============================================================================================================
 # For the figures, and for other projects: what stands between the two "----" lines works alone when pasted.
-# The order is: API, planner, features of the sources, tiles of Gram matrices, form for few features, statistics,
-# switches, memory, progress.
+# The order is: API, planner, features of the sources, tiles of Gram matrices, form for few features,
+# statistics, switches, memory, progress.
 
 # ---- copy from here ----
 # Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples,
@@ -2007,8 +2007,10 @@ def _side_by_side(features, s, edges, note=None):
     """Copies of the layers from calls that take turns, and the bytes that the first one holds after each."""
     calls = [features.ask(s, a, b, note) for a, b in edges]
     layers, held = [], []
-    for x in calls[0]:
-        layers.append(torch.cat([x.clone(), *(next(call).clone() for call in calls[1:])]))
+    for parts in zip(*(map(torch.clone, call) for call in calls)):
+        if len({x.shape[1:] for x in parts}) > 1:
+            break  # so they do not agree
+        layers.append(torch.cat(parts))
         held.append(_held_by(calls[0]))
     return layers, held
 
@@ -2017,8 +2019,8 @@ def _agree(layers, others):
     """True if two answers differ by no more than rounding, which may depend on the batch."""
     for x, y in zip(layers, others):
         unit = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
-        x, y = x / unit, y / unit
-        if not (x - y).norm() <= 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
+        allowed = 0.1 * ((x - x.mean(0)) / unit).norm() + 1e-3 * (x / unit).norm()
+        if x.shape != y.shape or not ((x - y) / unit).norm() <= allowed:
             return False
     return len(layers) == len(others)
 

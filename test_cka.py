@@ -398,6 +398,8 @@ def test_cka_refused():
         "a shape that changes": ([lambda a, b: [(x if a < 20 else y)[a:b]]], ["source 0", "layer 0"]),
         "fewer layers": ([lambda a, b: [x[a:b], y[a:b]][:1 + (a < 20)]], ["source 0", "1 layers"]),
         "more layers": ([lambda a, b: (z[a:b] for z in [x, y][:1 + (a > 20)])], ["source 0", "layer 1"]),
+        "a layer too few at once": ([lambda a, b: [x[a:b], y[a:b]][:1 + (a < 2)]], ["source 0", "again"]),
+        "another width at once": ([lambda a, b: [(x if a < 2 else y)[a:b]]], ["source 0", "again"]),
         "the first rows always": ([lambda a, b: [x[:b - a]]], ["source 0", "again"]),
         "training mode": ([good, lambda a, b: [noisy(x[a:b])]], ["source 1", "training mode"]),
         "fresh noise": ([lambda a, b: [x[a:b], torch.randn(b - a, 5)]], ["source 0", "again"]),
