@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -1334,7 +1335,7 @@ class Log:
 
     def __init__(self, path):
         self.path = path
-        self.file = open(path if rank() == 0 else os.devnull, "a+b")
+        self.file = open(path, "a+b") if rank() == 0 else io.BytesIO()
         if fcntl is None or rank() > 0:
             return
         try:
@@ -1552,15 +1553,15 @@ class Run:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])  # as without us; it may be another rank's
 
     def refuse_if_not_finite(self):
-        """UserError on all ranks, naming the step, if a loss since the last save or a weight is not finite."""
+        """UserError on all ranks if a weight or a loss so far is not finite, with the first step it shows."""
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
         bad_step = torch.where((self.bad_step < 0) & ~finite, self.step, self.bad_step)
         if world_size() > 1:
             dist.all_reduce(bad_step, dist.ReduceOp.MAX)
         if bad_step >= 0:
-            raise UserError(f"{self.name}: the loss or a weight is not finite in step {bad_step} of "
-                            f"{self.total_steps}; stopped, the last good checkpoint is kept; lower --lr or "
-                            "raise --warmup-epochs")
+            raise UserError(f"{self.name}: after step {bad_step} of {self.total_steps} the loss or a weight "
+                            "is not finite; stopped, the last good checkpoint is kept; lower --lr or raise "
+                            "--warmup-epochs")
 
 
 def checkpoint_of_run(path, settings):
@@ -1584,6 +1585,7 @@ def for_all_ranks(model, device):
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    # Where batch norm is not synchronised, so on CPUs, all take over rank 0's running statistics.
     return nn.parallel.DistributedDataParallel(model)
 
 
