@@ -766,7 +766,8 @@ def _refuse_other_networks(model, groups):
 # ============================================================================================================
 # 5. LARS and the learning-rate schedule
 # ============================================================================================================
-# The optimizer of both training scripts and its rate as a function of the step.
+# The optimizer of both training scripts, and the factor of its rate as a function of the step. Only
+# train_simclr.py and train_supervised.py use them.
 
 
 class LARS(torch.optim.Optimizer):
@@ -827,7 +828,8 @@ def warmup_cosine(step, total_steps, warmup_steps):
 # ============================================================================================================
 # 6. InfoNCE
 # ============================================================================================================
-# SimCLR's loss, Eq. (1), for one process or several.
+# SimCLR's loss, Eq. (1), which train_simclr.py minimises. It compares with the views of all processes, and
+# its gradient is that of one process with the whole batch.
 
 
 def info_nce(z1, z2, temperature):
@@ -861,7 +863,8 @@ def info_nce_and_accuracy(z1, z2, temperature):
 # ============================================================================================================
 # 7. Distributed helpers
 # ============================================================================================================
-# What training and InfoNCE need to know of torchrun's processes; without it, one process with rank 0 of 1.
+# What training and InfoNCE need to know of torchrun's processes, and how these work in step. Without
+# torchrun there is one process, rank 0 of 1, and nothing here does anything.
 
 
 def world_size():
@@ -1171,8 +1174,9 @@ def first_names(names, most=5):
 # ============================================================================================================
 # 9. Training
 # ============================================================================================================
-# What both training scripts use around their loops: flags, the settings that a checkpoint keeps, the order of
-# the images, batch norm that does not count, and `Run`, which resumes, logs, saves and heeds signals.
+# What the loops of both training scripts stand on, in the order of use: flags, the settings that a checkpoint
+# keeps, the order of the images, batch norm that does not count, then the log, what is printed, and `Run`,
+# which resumes, saves and heeds signals. A script meets the last three through `open_run` alone.
 
 
 def training_arguments(doc, presets, argv=None):
@@ -1379,11 +1383,6 @@ def run_record(device):
             "world_size": world_size(), "threads": torch.get_num_threads()}
 
 
-def duration(seconds):
-    """ "0:12:45" or "3 days, 4:05:06"."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 class Progress:
     """What rank 0 says of a run: lines on stdout, and at a terminal one on stderr that is rewritten.
 
@@ -1410,7 +1409,8 @@ class Progress:
         if self.terminal and now - self.shown > 1:
             begin, end = run.ends[run.epoch:run.epoch + 2]
             pace = run.spent / (run.step - begin)  # seconds per step
-            epoch_left, run_left = (duration((last - run.step) * pace) for last in (end, run.total_steps))
+            epoch_left, run_left = (timedelta(seconds=round((last - run.step) * pace))
+                                    for last in (end, run.total_steps))
             self.rewrite(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  "
                          f"loss {run.loss.item():.3f}  {run.batch_size / pace:.0f} images/s  "
                          f"left {epoch_left}, in all {run_left}")
@@ -1419,7 +1419,8 @@ class Progress:
     def estimate(self, how_long, pace):
         """Says how long the rest of the run takes at a pace in seconds per step."""
         steps = self.run.total_steps - self.run.step
-        self.say(f"{self.run.name}: {how_long} {duration(steps * pace)} for {steps} steps")
+        left = timedelta(seconds=round(steps * pace))
+        self.say(f"{self.run.name}: {how_long} {left} for {steps} steps")
 
     def say(self, text):
         """Prints a line, in the place of the rewritten one."""
@@ -1468,21 +1469,21 @@ class Run:
         self.model, self.optimizer, resumed = model.train(), optimizer, ""
         checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
         if checkpoint:
+            load_weights(model, checkpoint, self.path)
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
         if self.epoch >= self.epochs:
             self.progress.say(f"{self.path}: finished, {self.epochs} epochs; skipped")
             return model
-        if checkpoint:
-            load_weights(model, checkpoint, self.path)
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
         record = run_record(self.device) | {"after_epoch": self.epoch, "settings": self.settings}
         self.log.drop_after(self.epoch)
         self.log.write(record)
-        self.progress.say(f"{self.path}: {self.settings['precision']} on {record['device']}, {world_size()} "
-                          f"process{'es' * (world_size() > 1)}, {self.epochs} epochs, {self.total_steps} "
-                          f"steps of {self.batch_size} images{resumed}")
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        self.progress.say(f"{self.path}: {self.settings['precision']} on {record['device']}, {processes}, "
+                          f"{self.epochs} epochs, {self.total_steps} steps of {self.batch_size} images"
+                          f"{resumed}")
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
@@ -1519,18 +1520,17 @@ class Run:
 
     def end_epoch(self, **measured):
         """Logs and prints the epoch that the last step ended, and what was `measured`; saves when due."""
-        self.refuse_if_not_finite()
+        refuse_if_not_finite(self)
         loss, accuracy, steps = sum_over_ranks(self.sums.clone()).tolist()  # the wait that ends an epoch
         speed = steps / world_size() * self.batch_size / self.spent
         self.epoch += 1
-        record = {"epoch": self.epoch, "loss": loss / steps, "lr": self.optimizer.param_groups[0]["lr"],
-                  "images_per_second": speed, "accuracy": accuracy / steps} | measured
+        record = {"epoch": self.epoch, "loss": loss / steps, "accuracy": accuracy / steps} | measured
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": speed}
         self.log.write(record)
-        rest = duration((self.total_steps - self.step) * self.batch_size / speed)
-        more = "".join(f"  {name.split('_')[0]} {value:.3f}" for name, value in measured.items())
-        self.progress.say(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
-                          f"loss {loss / steps:.4f}  accuracy {accuracy / steps:.3f}{more}  "
-                          f"lr {record['lr']:.3g}  {speed:.0f} images/s  {rest} left")
+        left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
+        numbers = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in record.items()
+                          if name != "epoch")
+        self.progress.say(f"{self.name}  epoch {self.epoch}/{self.epochs}{numbers}  left {left}")
         self.sums.zero_()
         self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:
@@ -1538,7 +1538,7 @@ class Run:
 
     def save(self):
         """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
-        self.refuse_if_not_finite()
+        refuse_if_not_finite(self)
         self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many they are
         if rank() == 0:
             weights = self.model.state_dict()
@@ -1552,16 +1552,17 @@ class Run:
                               f"{self.total_steps} and saved; the same command resumes")
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])  # as without us; it may be another rank's
 
-    def refuse_if_not_finite(self):
-        """UserError on all ranks if a weight or a loss so far is not finite, with the first step it shows."""
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
-        bad_step = torch.where((self.bad_step < 0) & ~finite, self.step, self.bad_step)
-        if world_size() > 1:
-            dist.all_reduce(bad_step, dist.ReduceOp.MAX)
-        if bad_step >= 0:
-            raise UserError(f"{self.name}: after step {bad_step} of {self.total_steps} the loss or a weight "
-                            "is not finite; stopped, the last good checkpoint is kept; lower --lr or raise "
-                            "--warmup-epochs")
+
+def refuse_if_not_finite(run):
+    """UserError on all ranks if a weight or a loss so far is not finite, with the first step it shows."""
+    finite = torch.stack([p.isfinite().all() for p in run.model.parameters()]).all()
+    bad_step = torch.where((run.bad_step < 0) & ~finite, run.step, run.bad_step)
+    if world_size() > 1:
+        dist.all_reduce(bad_step, dist.ReduceOp.MAX)
+    if bad_step >= 0:
+        raise UserError(f"{run.name}: after step {bad_step} of {run.total_steps} the loss or a weight "
+                        "is not finite; stopped, the last good checkpoint is kept; lower --lr or raise "
+                        "--warmup-epochs")
 
 
 def checkpoint_of_run(path, settings):
