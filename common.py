@@ -137,7 +137,7 @@ def out_of_memory_advice(advice):
 def write_atomically(path, write):
     """`write(file)` fills a temporary binary file, which then becomes `path`: the old or the new, never half.
 
-    UserError with the cause, a full disk say, if it cannot be written; the old file is then still there.
+    UserError with the cause, a full disk say, if it cannot be written; the old file is kept then.
     """
     path = Path(path)
     process = f"{platform.node()}-{os.getpid()}"  # two that write one file must not share a temporary one
@@ -152,8 +152,8 @@ def write_atomically(path, write):
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk
         if not isinstance(cause, OSError):
             raise
-        kept = "the previous file is kept" if path.exists() else "there is no earlier one"
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); {kept}") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); what was there before is "
+                        "kept") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1429,7 +1429,7 @@ class Progress:
             print(text, flush=True)
 
     def close(self):
-        """Removes the rewritten line; says nothing more of its own accord."""
+        """Removes the rewritten line and stops the timer."""
         self.timer.cancel()
         self.rewrite("")
 

@@ -59,7 +59,7 @@ def train(run, data):
             return network(inputs.contiguous(memory_format=torch.channels_last))
 
     for epoch in range(run.epoch, s["epochs"]):
-        for step in run.steps():
+        for step in run.steps():  # between steps it shows progress, and saves and leaves after a signal
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * warmup_cosine(step, run.total_steps, run.warmup_steps)
             chosen = run.images_of(step)  # this process's share of the batch
