@@ -1314,19 +1314,15 @@ def checkpoint_blocks(model):
 def caught_signals():
     """A list to which SIGTERM and SIGINT add their numbers; a second one ends the process as usual."""
     caught = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number, _):
         caught.append(number)
-        signal.signal(number, previous[number])
+        handlers.close()
 
-    for number in previous:
-        signal.signal(number, note)
-    try:
+    with contextlib.ExitStack() as handlers:  # puts the previous ones back
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Log:
