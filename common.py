@@ -20,7 +20,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import inspect
+import io
 import itertools
 import json
 import math
@@ -75,14 +75,16 @@ def user_errors():
     """Turns what a user can mend into one line on stderr and exit code 2; wraps each script's `main()`."""
     try:
         yield
+        return
     except SystemExit as stop:
-        _leave(stop.code)
+        code = stop.code
     except KeyboardInterrupt:
-        _leave(130)
+        code = 130
     except BrokenPipeError:  # the reader of our output went away: nothing left to say
         sys.stderr.close()
-        _leave(1)
+        code = 1
     except Exception as error:
+        code, reason = 2, None
         if isinstance(error, UserError):
             reason = str(error)
         elif is_out_of_memory(error):
@@ -92,15 +94,11 @@ def user_errors():
         elif world_size() == 1:
             raise
         else:
+            code = 1
             traceback.print_exc()
-            _leave(1)
-        print("error: " + " ".join(reason.split()), file=sys.stderr)
-        _leave(2)
-
-
-def _leave(code):
-    """Ends the process; one of several at once, as tidying up would wait for kernels that never finish."""
-    if world_size() > 1:
+        if reason:
+            print("error: " + " ".join(reason.split()), file=sys.stderr)
+    if world_size() > 1:  # at once, as tidying up would wait for kernels that never finish
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -139,7 +137,7 @@ def out_of_memory_advice(advice):
 def write_atomically(path, write):
     """`write(file)` fills a temporary binary file, which then becomes `path`: the old or the new, never half.
 
-    UserError with the cause, a full disk say, if it cannot be written; the old file is then still there.
+    UserError with the cause, a full disk say, if it cannot be written; the old file is kept then.
     """
     path = Path(path)
     process = f"{platform.node()}-{os.getpid()}"  # two that write one file must not share a temporary one
@@ -154,8 +152,8 @@ def write_atomically(path, write):
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk
         if not isinstance(cause, OSError):
             raise
-        kept = "the previous file is kept" if path.exists() else "there is no earlier one"
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); {kept}") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); what was there before is "
+                        "kept") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -179,21 +177,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite int or float, low <= value <= high, value > above."""
-    limits = {"at least": low, "above": above, "at most": high}
-    expected = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
+def number(kind, low=0, above=None):
+    """An argparse type: a finite int or float, at least `low` or, if that is given, above `above`."""
+    name = {int: "a whole number", float: "a number"}[kind]
+    limit = f"at least {low}" if above is None else f"above {above}"
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            fits = math.isfinite(value) and low <= value <= high and value > above
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {expected}".rstrip())
-        return value
+            if math.isfinite(value) and (value >= low if above is None else value > above):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} {limit}")
 
     return parse
 
@@ -465,12 +459,8 @@ def imagenet_params(n, height, width, device, generator=None, scale=(0.08, 1.0),
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)  # index of the first True, 0 if there is none
     w, h, fits = (t.gather(1, first).squeeze(1) for t in (w, h, fits))
-    fallback_w, fallback_h = width, height
-    if width / height < ratio[0]:
-        fallback_h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        fallback_w = round(height * ratio[1])
-    w, h = torch.where(fits, w, fallback_w), torch.where(fits, h, fallback_h)
+    w = torch.where(fits, w, min(width, round(height * ratio[1])))
+    h = torch.where(fits, h, min(height, round(width / ratio[0])))
     top, left, flip = torch.rand(3, n, device=device, generator=generator)
     top = torch.where(fits, (top * (height - h + 1)).floor(), (height - h) // 2)
     left = torch.where(fits, (left * (width - w + 1)).floor(), (width - w) // 2)
@@ -610,19 +600,17 @@ def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params
     """
     if params is None:
         params = simclr_params(len(images), *images.shape[2:], images.device, generator, strength)
-    piece = max(4, 2 ** 18 // (3 * size * size))
-    if images.device.type == "cpu" and len(images) > piece:  # twice as fast on pieces that fit a CPU's cache
-        pieces = [slice(start, start + piece) for start in range(0, len(images), piece)]
-        options = dict(size=size, strength=strength, blur=blur, jitter=jitter)
-        return torch.cat([simclr_augment(images[rows], params=slice_params(params, rows), **options)
-                          for rows in pieces])
+    n = max(4, 2 ** 18 // (3 * size * size))
+    if images.device.type == "cpu" and len(images) > n:  # twice as fast on pieces that fit a CPU's cache
+        pieces = [slice(start, start + n) for start in range(0, len(images), n)]
+        return torch.cat([simclr_augment(images[rows], size, strength, blur, None, slice_params(params, rows),
+                                         jitter) for rows in pieces])
     x = jitter(_crop_resize_flip(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
-        rows = slice(None)  # all, as a GPU would have to wait for the choice
-        if x.device.type == "cpu":
-            rows = params["blur"].nonzero().squeeze(1)
+        on_cpu = x.device.type == "cpu"  # a GPU does all, as it would have to wait for the choice
+        rows = params["blur"].nonzero().squeeze(1) if on_cpu else slice(None)
         matrix = _blur_matrix(size, kernel_size, params["sigma"][rows], params["blur"][rows])
         x[rows] = _separable(x[rows], matrix, matrix)
     return x
@@ -640,11 +628,7 @@ def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, generator=Non
 
 def simclr_test(images, size):
     """SimCLR's test images: the whole image resized; float32 (n, 3, size, size) in [0, 1]."""
-    n, _, height, width = images.shape
-    box = torch.zeros(n, 4, dtype=torch.int64, device=images.device)
-    box[:, 2], box[:, 3] = height, width
-    unflipped = torch.zeros_like(box[:, 0], dtype=torch.bool)
-    return _crop_resize_flip(images, size, {"box": box, "flip": unflipped})
+    return F.interpolate(images.float().div_(255), (size, size), mode="bilinear", antialias=True)
 
 
 def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
@@ -780,7 +764,8 @@ def _refuse_other_networks(model, groups):
 # ============================================================================================================
 # 5. LARS and the learning-rate schedule
 # ============================================================================================================
-# The optimizer of both training scripts and its rate as a function of the step.
+# The optimizer of both training scripts, and the factor of its rate as a function of the step. Only
+# train_simclr.py and train_supervised.py use them.
 
 
 class LARS(torch.optim.Optimizer):
@@ -803,10 +788,8 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for adapted in (True, False):
@@ -843,7 +826,8 @@ def warmup_cosine(step, total_steps, warmup_steps):
 # ============================================================================================================
 # 6. InfoNCE
 # ============================================================================================================
-# SimCLR's loss, Eq. (1), for one process or several.
+# SimCLR's loss, Eq. (1), which train_simclr.py minimises. It compares with the views of all processes, and
+# its gradient is that of one process with the whole batch.
 
 
 def info_nce(z1, z2, temperature):
@@ -877,7 +861,8 @@ def info_nce_and_accuracy(z1, z2, temperature):
 # ============================================================================================================
 # 7. Distributed helpers
 # ============================================================================================================
-# What training and InfoNCE need to know of torchrun's processes; without it, one process with rank 0 of 1.
+# What training and InfoNCE need to know of torchrun's processes, and how these work in step. Without
+# torchrun there is one process, rank 0 of 1, and nothing here does anything.
 
 
 def world_size():
@@ -890,10 +875,11 @@ def rank():
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def print0(*values):
-    """print, by rank 0 only, at once."""
-    if rank() == 0:
-        print(*values, flush=True)
+def sum_over_ranks(x):
+    """x, summed in place over the ranks."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def rank0_first(work):
@@ -904,13 +890,11 @@ def rank0_first(work):
             result = work()
         except UserError as caught:
             error = caught
-    if world_size() > 1:
-        failed = [error is not None]
-        dist.broadcast_object_list(failed, src=0)
-        if rank() > 0 and failed[0]:
-            sys.exit(2)
+    failed = sum_over_ranks(torch.tensor(int(error is not None)))  # on the CPU, so by gloo
     if error:
         raise error
+    if failed:
+        sys.exit(2)
     return result if rank() == 0 else work()
 
 
@@ -1188,8 +1172,9 @@ def first_names(names, most=5):
 # ============================================================================================================
 # 9. Training
 # ============================================================================================================
-# What both training scripts use around their loops: flags, the settings that a checkpoint keeps, the order of
-# the images, batch norm that does not count, and `Run`, which resumes, logs, saves and heeds signals.
+# What the loops of both training scripts stand on, in the order of use: flags, the settings that a checkpoint
+# keeps, the order of the images, batch norm that does not count, then the log, what is printed, and `Run`,
+# which resumes, saves and heeds signals. A script meets the last three through `open_run` alone.
 
 
 def training_arguments(doc, presets, argv=None):
@@ -1198,10 +1183,11 @@ def training_arguments(doc, presets, argv=None):
     first = Parser(doc, add_help=False)  # finds the preset, whose values are the other flags' defaults
     first.add_argument("--preset", choices=list(presets), default="paper",
                        help="where the other flags' defaults come from (default: %(default)s)")
-    preset = presets[first.parse_known_args(argv)[0].preset]
+    name = first.parse_known_args(argv)[0].preset
+    defaults = presets[name] | {"out": f"checkpoints/{name}"}
     parser = Parser(doc, parents=[first])
-    add_training_flags(parser, "temperature" in preset)
-    parser.set_defaults(**preset)
+    add_training_flags(parser, defaults)
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in argv}
     if args.warmup_epochs > args.epochs:
@@ -1214,27 +1200,20 @@ def training_arguments(doc, presets, argv=None):
         args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
     if len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds {args.seeds}: each seed once")
-    args.out = args.out or f"checkpoints/{args.preset}"
     return args
 
 
-def add_training_flags(parser, contrastive):
-    """The flags of both training scripts, in three groups."""
+def add_training_flags(parser, defaults):
+    """The flags of both training scripts in three groups, each with its default, if the preset has one."""
+    def add(flag, help, **options):
+        if flag[2:].replace("-", "_") in defaults:
+            help += " (default: %(default)s)"
+        if "type" in options:
+            options["metavar"] = "N"
+        group.add_argument(flag, help=help, **options)
+
     count, positive = number(int, low=1), number(float, low=0)
-
-    def group(title):
-        titled = parser.add_argument_group(title)
-
-        def add(flag, help, **options):
-            if "(default" not in help and "action" not in options:
-                help += " (default: %(default)s)"
-            if "type" in options:
-                options["metavar"] = "N"
-            titled.add_argument(flag, help=help, **options)
-
-        return add
-
-    add = group("what is trained")
+    group = parser.add_argument_group("what is trained")
     add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
     add("--download", "fetch CIFAR-10 into --data, if that is empty or new", action="store_true")
     add("--seeds", "one network per seed, one after another (App. A: 3)", type=number(int, low=0), nargs="+")
@@ -1242,18 +1221,18 @@ def add_training_flags(parser, contrastive):
     add("--lr", "learning rate per 256 images: the peak is lr * batch-size / 256", type=positive)
     add("--weight-decay", "L2 factor; batch norm and biases are exempt", type=positive)
     add("--warmup-epochs", "epochs of linear warmup (App. A)", type=positive)
-    if contrastive:
+    if "temperature" in defaults:
         add("--temperature", "tau of Eq. (1)", type=number(float, above=0))
     add("--stem", "7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)", choices=("imagenet", "cifar"))
-    add = group("size and memory")
+    group = parser.add_argument_group("size and memory")
     add("--image-size", "pixels, of training and test (footnote 3: 224; B.9: 32)", type=number(int, low=8))
-    add("--subset", "training images used, a fixed random choice (default: all)", type=count)
+    add("--subset", "training images used, a fixed random choice; without it all", type=count)
     add("--batch-size", "images per step, over all processes (App. A)", type=count)
     add("--micro-batch", "images per forward and backward, per process: lower it to save memory", type=count)
     add("--checkpoint-activations", action="store_true",
         help="save memory by computing activations twice, the batch in one piece: exact, batch norm included")
-    add = group("where and how")
-    add("--out", "folder for checkpoints and logs (default: checkpoints/<preset>)")
+    group = parser.add_argument_group("where and how")
+    add("--out", "folder for checkpoints and logs")
     add("--checkpoint-every", "epochs between checkpoints", type=count)
     add("--device", "cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
     add("--precision", "of products (default: bf16 where hardware has it)", choices=("fp32", "bf16"))
@@ -1312,13 +1291,13 @@ def not_counting(module):
     in the dtype of its input, and fail in bf16.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
-    for norm, _, count in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm, momentum, count in norms:
+        for norm, (momentum, count) in zip(norms, before):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
@@ -1334,94 +1313,81 @@ def checkpoint_blocks(model):
 @contextlib.contextmanager
 def caught_signals():
     """A list to which SIGTERM and SIGINT add their numbers; a second one ends the process as usual."""
-    caught, previous = [], {}
+    caught = []
 
-    def note(signum, _):
-        caught.append(signum)
-        signal.signal(signum, previous[signum])
+    def note(number, _):
+        caught.append(number)
+        handlers.close()
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        previous[signum] = signal.signal(signum, note)
-    try:
+    with contextlib.ExitStack() as handlers:  # puts the previous ones back
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 class Log:
-    """The JSON-lines file beside a checkpoint, written by rank 0: a record of the run, then one per epoch.
+    """The JSON-lines file beside a checkpoint, written by rank 0: one record per start, one per epoch.
 
-    Locked while open, where the system can: a second run of the same network is a UserError.
+    Locked until closed, where the system can: a second run of the same network is a UserError.
     """
 
     def __init__(self, path):
-        self.path, self.file, self.locked = path, None, False
-        if rank() > 0:
+        self.path = path
+        self.file = open(path, "a+b") if rank() == 0 else io.BytesIO()
+        if fcntl is None or rank() > 0:
             return
-        self.file = open(path, "a+b")
         try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.locked = True
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
             raise UserError(f"{path}: another process trains this network; wait for it, stop it, or give "
                             "another --out") from None
         except OSError:  # a file system without locks
-            pass
+            return
+        for leftover in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
 
-    def start(self, epoch, record):
-        """Drops what follows `epoch` (-1: everything), which will be run again; appends the run's record."""
-        if self.file:
-            kept = 0
-            self.file.seek(0)
+    def drop_after(self, epoch):
+        """Removes the records of later epochs, which will be run again, and a line cut short by a kill."""
+        kept = 0
+        self.file.seek(0)
+        with contextlib.suppress(ValueError):
             for line in self.file:
-                with contextlib.suppress(ValueError, AttributeError):  # a damaged line belongs to no epoch
-                    if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
-                        break  # also before a line cut short by a kill
+                if json.loads(line).get("epoch", 0) > epoch:
+                    break
                 kept += len(line)
-            self.file.truncate(kept)
-        self.write(record)
+        self.file.truncate(kept)
 
     def write(self, record):
         """Appends one record."""
-        if self.file:
-            self.file.write((json.dumps(record) + "\n").encode())
-            self.file.flush()
-
-    def close(self):
-        """Closes the file and so unlocks it."""
-        if self.file:
-            self.file.close()
+        self.file.write((json.dumps(record) + "\n").encode())
+        self.file.flush()
 
 
 def run_record(device):
     """What a log says of a run's surroundings: time, git commit, versions, device."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent) if shutil.which("git") else None
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": git.stdout.strip() or None if git else None, "torch": torch.__version__,
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or None
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit, "torch": torch.__version__,
             "torchvision": torchvision.__version__, "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "world_size": world_size(), "threads": torch.get_num_threads()}
 
 
-def duration(seconds):
-    """ "0:12:45" or "3 days, 4:05:06"."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 class Progress:
-    """Rank 0's word on how fast a run is: once for all of it, and at a terminal one line, rewritten."""
+    """What rank 0 says of a run: lines on stdout, and at a terminal one on stderr that is rewritten.
+
+    Once it says how long the run will take: after the first steps, and after 30 s if the first takes longer.
+    """
 
     def __init__(self, run):
         self.run, self.since, self.told, self.shown = run, None, False, 0.0
         self.terminal = sys.stderr.isatty() and rank() == 0
-        self.timer = threading.Timer(30, self._tell, ["more than", 30])  # if the first step takes long
+        self.timer = threading.Timer(30, self.estimate, ["more than", 30])
         self.timer.daemon = True
-        if not run.args.compile:  # which makes the first step long, and only that
-            self.timer.start()
 
     def after_step(self):
         """Says what is due. It waits for the device twice in a run, and at a terminal once a second."""
@@ -1433,20 +1399,33 @@ class Progress:
         elif not self.told and now - self.since[0] > 5:
             run.loss.item()
             self.told = True
-            self._tell("about", (time.perf_counter() - self.since[0]) / (run.step - self.since[1]))
+            self.estimate("about", (time.perf_counter() - self.since[0]) / (run.step - self.since[1]))
         if self.terminal and now - self.shown > 1:
-            begin, end = run.end_of(run.epoch), run.end_of(run.epoch + 1)
+            begin, end = run.ends[run.epoch:run.epoch + 2]
             pace = run.spent / (run.step - begin)  # seconds per step
-            epoch_left, run_left = (duration((last - run.step) * pace) for last in (end, run.total_steps))
+            epoch_left, run_left = (timedelta(seconds=round((last - run.step) * pace))
+                                    for last in (end, run.total_steps))
             self.rewrite(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  "
                          f"loss {run.loss.item():.3f}  {run.batch_size / pace:.0f} images/s  "
                          f"left {epoch_left}, in all {run_left}")
             self.shown = time.perf_counter()
 
-    def _tell(self, how_long, pace):
-        rest = self.run.total_steps - self.run.step
+    def estimate(self, how_long, pace):
+        """Says how long the rest of the run takes at a pace in seconds per step."""
+        steps = self.run.total_steps - self.run.step
+        left = timedelta(seconds=round(steps * pace))
+        self.say(f"{self.run.name}: {how_long} {left} for {steps} steps")
+
+    def say(self, text):
+        """Prints a line, in the place of the rewritten one."""
         self.rewrite("")
-        print0(f"{self.run.name}: {how_long} {duration(rest * pace)} for {rest} steps")
+        if rank() == 0:
+            print(text, flush=True)
+
+    def close(self):
+        """Removes the rewritten line and stops the timer."""
+        self.timer.cancel()
+        self.rewrite("")
 
     def rewrite(self, text):
         """Puts `text` where the line was, for the next to replace."""
@@ -1468,7 +1447,8 @@ class Run:
         self.path, self.name = log.path.with_suffix(".pt"), log.path.stem
         self.n, self.batch_size, self.epochs = (settings[k] for k in ("train_images", "batch_size", "epochs"))
         self.order_of = self.n, len(data.train_images), device
-        self.total_steps = self.end_of(self.epochs)
+        self.ends = [steps_until(epoch, self.n, self.batch_size) for epoch in range(self.epochs + 1)]
+        self.total_steps = self.ends[-1]
         self.warmup_steps = int(settings["warmup_epochs"] * self.n // self.batch_size)
         local = self.batch_size // world_size()
         self.rows = slice(rank() * local, (rank() + 1) * local)  # this rank's part of each batch
@@ -1476,40 +1456,34 @@ class Run:
         self.spent = 0.0  # seconds in the current epoch
         self.sums = torch.zeros(3, device=device)  # losses, accuracies, steps of the current epoch
         self.bad_step = torch.full((), -1, device=device)  # first step whose loss was not finite
-        self.stopped, self.progress = False, None
-
-    def end_of(self, epoch):
-        """Steps until `epoch` epochs are over."""
-        return steps_until(epoch, self.n, self.batch_size)
+        self.stopped, self.progress = False, Progress(self)
 
     def prepare(self, model, optimizer):
         """The network as a loop calls it: as in the checkpoint if there is one, wrapped as the flags ask."""
-        self.model, self.optimizer = model.train(), optimizer
+        self.model, self.optimizer, resumed = model.train(), optimizer, ""
         checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
-        if checkpoint and checkpoint["epoch"] >= self.epochs:
-            self.epoch = checkpoint["epoch"]
-            print0(f"{self.path}: finished, {self.epochs} epochs; skipped")
-            return model
-        record, resumed = run_record(self.device), ""
         if checkpoint:
             load_weights(model, checkpoint, self.path)
-            try:
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
-            except (KeyError, ValueError, AttributeError) as error:
-                raise UserError(f"{self.path}: its optimizer state is damaged ({error}); move it away to "
-                                "begin again") from None
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
-        self.log.start(self.epoch if checkpoint else -1, record | (
-            {"resumed_after_epoch": self.epoch} if checkpoint else {"settings": self.settings}))
-        print0(f"{self.path}: {self.settings['precision']} on {record['device']}, {world_size()} process"
-               f"{'es' * (world_size() > 1)}, {self.epochs} epochs, {self.total_steps} steps of "
-               f"{self.batch_size} images{resumed}")
+        if self.epoch >= self.epochs:
+            self.progress.say(f"{self.path}: finished, {self.epochs} epochs; skipped")
+            return model
+        record = run_record(self.device) | {"after_epoch": self.epoch, "settings": self.settings}
+        self.log.drop_after(self.epoch)
+        self.log.write(record)
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        self.progress.say(f"{self.path}: {self.settings['precision']} on {record['device']}, {processes}, "
+                          f"{self.epochs} epochs, {self.total_steps} steps of {self.batch_size} images"
+                          f"{resumed}")
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
             model.compile()  # in place: parameter names stay as they are
+        else:  # compiling makes the first step long, and only that
+            self.progress.timer.start()
         return for_all_ranks(model, self.device)
 
     def images_of(self, step):
@@ -1521,8 +1495,7 @@ class Run:
 
     def steps(self):
         """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
-        self.progress = self.progress or Progress(self)
-        started, end = time.perf_counter() - self.spent, self.end_of(self.epoch + 1)
+        started, end = time.perf_counter() - self.spent, self.ends[self.epoch + 1]
         while self.step < end:
             yield self.step
             self.step += 1
@@ -1543,17 +1516,15 @@ class Run:
         """Logs and prints the epoch that the last step ended, and what was `measured`; saves when due."""
         refuse_if_not_finite(self)
         loss, accuracy, steps = sum_over_ranks(self.sums.clone()).tolist()  # the wait that ends an epoch
-        speed = round(steps) // world_size() * self.batch_size / self.spent
+        speed = steps / world_size() * self.batch_size / self.spent
         self.epoch += 1
-        record = {"epoch": self.epoch, "loss": loss / steps, "lr": self.optimizer.param_groups[0]["lr"],
-                  "images_per_second": speed, "accuracy": accuracy / steps} | measured
+        record = {"epoch": self.epoch, "loss": loss / steps, "accuracy": accuracy / steps} | measured
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": speed}
         self.log.write(record)
-        self.progress.rewrite("")
-        rest = duration((self.total_steps - self.step) * self.batch_size / speed)
-        more = "".join(f"  {name.split('_')[0]} {value:.3f}" for name, value in measured.items())
-        print0(f"{self.name}  epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}  "
-               f"loss {loss / steps:.4f}  accuracy {accuracy / steps:.3f}{more}  lr {record['lr']:.3g}  "
-               f"{speed:.0f} images/s  {rest} left")
+        left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
+        numbers = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in record.items()
+                          if name != "epoch")
+        self.progress.say(f"{self.name}  epoch {self.epoch}/{self.epochs}{numbers}  left {left}")
         self.sums.zero_()
         self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:
@@ -1562,7 +1533,6 @@ class Run:
     def save(self):
         """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
         refuse_if_not_finite(self)
-        average_statistics(self.model)
         self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many they are
         if rank() == 0:
             weights = self.model.state_dict()
@@ -1572,15 +1542,21 @@ class Run:
                              "sums": self.sums, "spent": self.spent, "backbone": backbone, "head": head,
                              "optimizer": self.optimizer.state_dict()}, self.path)
         if self.stopped:
-            exit_after_signal(self)
+            self.progress.say(f"{self.path}: stopped by a signal after step {self.step} of "
+                              f"{self.total_steps} and saved; the same command resumes")
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])  # as without us; it may be another rank's
 
 
-def exit_after_signal(run):
-    """Ends the process as its signal would have, once the run is saved."""
-    run.progress.rewrite("")
-    print0(f"{run.path}: stopped by a signal after step {run.step} of {run.total_steps} and saved; the same "
-           "command resumes")
-    sys.exit(128 + (run.signals[0] if run.signals else signal.SIGTERM))
+def refuse_if_not_finite(run):
+    """UserError on all ranks if a weight or a loss so far is not finite, with the first step it shows."""
+    finite = torch.stack([p.isfinite().all() for p in run.model.parameters()]).all()
+    bad_step = torch.where((run.bad_step < 0) & ~finite, run.step, run.bad_step)
+    if world_size() > 1:
+        dist.all_reduce(bad_step, dist.ReduceOp.MAX)
+    if bad_step >= 0:
+        raise UserError(f"{run.name}: after step {bad_step} of {run.total_steps} the loss or a weight "
+                        "is not finite; stopped, the last good checkpoint is kept; lower --lr or raise "
+                        "--warmup-epochs")
 
 
 def checkpoint_of_run(path, settings):
@@ -1604,61 +1580,23 @@ def for_all_ranks(model, device):
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    parallel = nn.parallel.DistributedDataParallel  # each rank keeps its own running statistics between saves
-    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # its name from torch 2.14 on
-    return parallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-
-
-def sum_over_ranks(x):
-    """x, summed in place over the ranks."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def refuse_if_not_finite(run):
-    """UserError naming the first step whose loss was not finite, or if a weight is not; on all ranks."""
-    finite = torch.stack([p.isfinite().all() for p in run.model.parameters()]).all()
-    bad = torch.stack([run.bad_step, torch.where(finite, -1, run.step)])
-    if world_size() > 1:
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-    loss_step, weight_step = bad.tolist()
-    if loss_step >= 0 or weight_step >= 0:
-        what = f"the loss of step {loss_step}" if loss_step >= 0 else f"a weight after step {weight_step}"
-        raise UserError(f"{run.name}: {what} (of {run.total_steps}) is not finite; stopped, the last good "
-                        "checkpoint is kept; lower --lr or raise --warmup-epochs")
-
-
-def average_statistics(model):
-    """Batch norm's running statistics averaged over the ranks: every rank and checkpoint has the same."""
-    if world_size() > 1:
-        buffers = [b for b in model.buffers() if b.is_floating_point()]
-        flat = sum_over_ranks(torch.cat([b.flatten() for b in buffers])) / world_size()
-        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
-            buffer.copy_(mean.view_as(buffer))
+    # Where batch norm is not synchronised, so on CPUs, all take over rank 0's running statistics.
+    return nn.parallel.DistributedDataParallel(model)
 
 
 @contextlib.contextmanager
 def open_run(args, method, seed, data, device):
     """A `Run`. While it is open no other process trains its network; signals and lack of memory end it."""
     settings = rank0_first(lambda: run_settings(args, method, seed, data, device))
-    name = f"{method}_seed{seed}"
-    log = rank0_first(lambda: Log(Path(args.out) / f"{name}.jsonl"))
-    for leftover in Path(args.out).glob(f"{name}.*.tmp") if log.locked else ():  # of a killed process
-        leftover.unlink(missing_ok=True)
+    log = rank0_first(lambda: Log(args.out / f"{method}_seed{seed}.jsonl"))
+    run = Run(args, settings, data, device, log)
     bf16 = " or --precision bf16" if settings["precision"] == "fp32" and has_bf16(device) else ""
     advice = (f"--batch-size {args.batch_size} --micro-batch {settings['micro_batch']} --image-size "
               f"{args.image_size} --precision {settings['precision']}: lower --micro-batch, or give "
               f"--checkpoint-activations{bf16}, or use more processes")
-    run = Run(args, settings, data, device, log)
-    try:
-        with caught_signals() as run.signals, out_of_memory_advice(advice):
+    with contextlib.closing(log.file), contextlib.closing(run.progress), caught_signals() as run.signals:
+        with out_of_memory_advice(advice):
             yield run
-    finally:
-        if run.progress:
-            run.progress.timer.cancel()
-            run.progress.rewrite("")
-        log.close()
 
 
 # ============================================================================================================

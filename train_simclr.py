@@ -61,7 +61,7 @@ def train(run, data):
             return network(views).float()
 
     for epoch in range(run.epoch, s["epochs"]):
-        for step in run.steps():
+        for step in run.steps():  # between steps it shows progress, and saves and leaves after a signal
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * warmup_cosine(step, run.total_steps, run.warmup_steps)
             images = data.train_images[run.images_of(step)]  # uint8 (n, 3, h, w), this process's share

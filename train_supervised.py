@@ -14,7 +14,7 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
-from common import (LARS, average_statistics, build_model, distributed, generator_for, imagenet_augment,
+from common import (LARS, build_model, distributed, generator_for, imagenet_augment,
                     imagenet_params, imagenet_test, load_data, open_run, rank, rank0_first, slice_params,
                     sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
                     writable_folder)
@@ -59,7 +59,7 @@ def train(run, data):
             return network(inputs.contiguous(memory_format=torch.channels_last))
 
     for epoch in range(run.epoch, s["epochs"]):
-        for step in run.steps():
+        for step in run.steps():  # between steps it shows progress, and saves and leaves after a signal
             for group in optimizer.param_groups:
                 group["lr"] = peak_rate * warmup_cosine(step, run.total_steps, run.warmup_steps)
             chosen = run.images_of(step)  # this process's share of the batch
@@ -90,7 +90,6 @@ def train(run, data):
 @torch.no_grad()
 def test_accuracy(model, classify, data, s):
     """Share of test images classified correctly, by the model in eval mode; the processes share the work."""
-    average_statistics(model)
     model.eval()
     right = torch.zeros((), device=data.test_labels.device)
     for start in range(rank() * 256, len(data.test_images), world_size() * 256):
