@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -1464,8 +1465,11 @@ class Run:
         checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
         if checkpoint:
             load_weights(model, checkpoint, self.path)
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
+            try:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
+            except (KeyError, ValueError, AttributeError) as error:
+                raise UserError(f"{self.path}: its optimizer state is damaged ({error})") from None
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
         if self.epoch >= self.epochs:
@@ -1533,6 +1537,7 @@ class Run:
     def save(self):
         """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
         refuse_if_not_finite(self)
+        average_statistics(self.model)
         self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many they are
         if rank() == 0:
             weights = self.model.state_dict()
@@ -1580,8 +1585,18 @@ def for_all_ranks(model, device):
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    # Where batch norm is not synchronised, so on CPUs, all take over rank 0's running statistics.
-    return nn.parallel.DistributedDataParallel(model)
+    parallel = nn.parallel.DistributedDataParallel  # each rank keeps its own running statistics between saves
+    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # its name from torch 2.14 on
+    return parallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+
+
+def average_statistics(model):
+    """Batch norm's running statistics averaged over the ranks: every rank and checkpoint has the same."""
+    if world_size() > 1:
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        flat = sum_over_ranks(torch.cat([b.flatten() for b in buffers])) / world_size()
+        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
+            buffer.copy_(mean.view_as(buffer))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
-from common import (LARS, build_model, distributed, generator_for, imagenet_augment,
+from common import (LARS, average_statistics, build_model, distributed, generator_for, imagenet_augment,
                     imagenet_params, imagenet_test, load_data, open_run, rank, rank0_first, slice_params,
                     sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
                     writable_folder)
@@ -90,6 +90,7 @@ def train(run, data):
 @torch.no_grad()
 def test_accuracy(model, classify, data, s):
     """Share of test images classified correctly, by the model in eval mode; the processes share the work."""
+    average_statistics(model)
     model.eval()
     right = torch.zeros((), device=data.test_labels.device)
     for start in range(rank() * 256, len(data.test_images), world_size() * 256):
