@@ -2330,15 +2330,16 @@ class _Progress:
 # ============================================================================================================
 # 11. Figures
 # ============================================================================================================
-# What the four figure scripts share, in the order of use: command line, networks and images, measuring,
-# claims and their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2),
-# `<key>_debiased` the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
+# What the figure scripts share, in the order of use: command line, networks and images, measuring, claims and
+# their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2), `<key>_debiased`
+# the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
 
 LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
           for kind in ("odd", "even")]
 HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
+SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32)
 NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
 PAPER = "checkpoints/paper"  # where the training scripts put the networks of the full study
 FOREIGN = {  # what a state dict does not say about itself: flags for both sides, or --simclr-* for one
@@ -2353,8 +2354,8 @@ def figure_parser(doc):
     """The flags that all figure scripts share."""
     parser = Parser(doc)
     add = parser.add_argument_group("networks").add_argument
-    add("--checkpoints", type=os.path.expanduser, help="folder of "
-        f"*_seed*.pt files (default: {PAPER}, if no files)")
+    add("--checkpoints", type=os.path.expanduser,
+        help=f"folder of *_seed*.pt files (default: {PAPER}, if no files)")
     for method, name in NAMES.items():
         add(f"--{method}", nargs="+", metavar="FILE", type=os.path.expanduser,
             help="in place of the folder's: checkpoints of this study, or state dicts of a ResNet-50")
@@ -2368,8 +2369,10 @@ def figure_parser(doc):
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
     add("--precision", choices=("float32", "tf32", "float16", "bfloat16"),
-        help="of the Gram matrices' products (default: the fastest whose CKA error is below 1e-4)")
-    add("--memory", type=number(float, above=0), help="GB for CKA (default: 80 %% of what is free)")
+        help="of the Gram matrices' products; tf32 and float16 on CUDA only (default: the fastest whose CKA "
+             "error is below 1e-4; below 512 images float32)")
+    add("--memory", type=number(float, above=0),
+        help="GB on the device for CKA, beside a forward pass (default: four fifths of what is free)")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=os.path.expanduser,
         help="folder for .png and .npz (default: figures/<name of the checkpoint folder or files>)")
@@ -2382,12 +2385,6 @@ def figure_parser(doc):
         for method in NAMES:
             group.add_argument(f"--{method}-{flag}", **options | {"help": None})
     return parser
-
-
-def foreign_options(args, method=None):
-    """The flags given for state dicts of both sides, or of one `method`'s alone, by `load_model`'s names."""
-    given = {name: getattr(args, f"{method}_{name}" if method else name) for name in FOREIGN}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def without_ending(path):
@@ -2436,17 +2433,17 @@ def open_study(args, methods):
         raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
                         "--simclr-label and --supervised-label")
     networks = {method: load_networks(args, method, device) for method in methods}
-    settings = [model.settings for models in networks.values() for model in models]
-    both = foreign_options(args)
-    if both and all("preset" in s for s in settings):
-        flag = [*both][0].replace("_", "-")
-        raise UserError(f"--{flag} is for state dicts; checkpoints of this study know theirs: leave it out")
+    together = [model for models in networks.values() for model in models]
+    for side, models in [("", together), *networks.items()]:
+        flags = [f"{side}_{name}".strip("_") for name in FOREIGN]
+        given = [flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
+        if given and all("preset" in model.settings for model in models):
+            raise UserError(f"--{given[0]} is for state dicts; leave it out, these checkpoints know theirs")
+    settings = [model.settings for model in together]
     for name in ("stem", "image_size", "data"):
         values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:
             warn(f"networks differ in {name}: {', '.join(values)}")
-    if args.untrained:
-        networks = {m: [untrained(model, i, device) for i, model in enumerate(networks[m])] for m in methods}
     data, path, other_images = figure_data(args, settings, device)
     total = len(data.test_images)
     if args.samples and args.samples > total:
@@ -2467,11 +2464,11 @@ def load_networks(args, method, device):
     if not paths:
         raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
                         f"`python train_{method}.py --out {folder}`")
-    own = foreign_options(args, method)
-    models = [load_model(path, device, method, **foreign_options(args) | own) for path in paths]
-    if own and all("preset" in model.settings for model in models):
-        flag = [*own][0].replace("_", "-")
-        raise UserError(f"--{method}-{flag} is for state dicts; these checkpoints know theirs: leave it out")
+    options = {}
+    for name in FOREIGN:
+        own = getattr(args, f"{method}_{name}")
+        options[name] = getattr(args, name) if own is None else own
+    models = [load_model(path, device, method, **options) for path in paths]
     for path, model in zip(paths, models):
         s = model.settings
         model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"
@@ -2481,11 +2478,11 @@ def load_networks(args, method, device):
             warn(f"{path}: not of the backbone and left out: {first_names(s['left_out'])}")
         if s.get("note"):
             print(f"{path}: {s['note']}")
-    seeds = [(model.settings["method"], model.settings["seed"]) for model in models]
-    if not files and (len(set(seeds)) < len(seeds) or {name for name, _ in seeds} != {method}):
-        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks "
-                        "of different seeds; move the others away")
-    return models
+    held = {(model.settings["method"], model.settings["seed"]) for model in models}
+    if not files and (len(held) < len(models) or {name for name, _ in held} != {method}):
+        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt are not {method} networks of different "
+                        "seeds; move the others away")
+    return [untrained(model, i, device) for i, model in enumerate(models)] if args.untrained else models
 
 
 def untrained(model, index, device):
@@ -2493,14 +2490,13 @@ def untrained(model, index, device):
 
     Its weights follow from its seed, or from its `index` among the files if it has none.
     """
-    s = model.settings
-    seed = index if s["seed"] is None else s["seed"]
-    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False,
+    s = model.settings | {"epoch": 0, "untrained": True}
+    s["seed"] = index if s["seed"] is None else s["seed"]
+    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), s["seed"], zero_init=False,
                         stem_padding=s.get("stem_padding", 1))
-    if not isinstance(model.fc, ProjectionHead):
+    if "preset" not in s:
         fresh.fc = nn.Identity()
-    fresh.settings = s | {"seed": seed, "epoch": 0, "untrained": True}
-    fresh.name = f"untrained {model.name}"
+    fresh.settings, fresh.name = s, f"untrained {model.name}"
     return fresh.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -2511,19 +2507,19 @@ def figure_data(args, settings, device):
     """
     trained = [s for s in settings if s["data"]]
     path = args.data or next((s["data"] for s in trained), "data")
-    data = load_data(path, device, download=args.download)
-    classes, statistics = data.classes, np.array(channel_statistics(data.train_images))
+    data = load_data(path, device, args.download)
+    statistics = np.array(channel_statistics(data.train_images))
     for s in trained:
         theirs = np.array([s["mean"], s["std"]])
-        if s["classes"] == classes and abs(theirs - statistics).max() < 1e-3:
+        if s["classes"] == data.classes and abs(theirs - statistics).max() < 1e-3:
             continue
-        text = "; ".join(f"{where}: {len(names)} classes ({first_names(names, 3)}), mean and deviation of "
-                         f"the channels {numbers.round(3).tolist()}" for where, names, numbers in (
-                             (f"trained on {s['data']}", s["classes"], theirs), (path, classes, statistics)))
+        text = "other images than the training's"
+        for where, classes, numbers in ((s["data"], s["classes"], theirs), (path, data.classes, statistics)):
+            text += (f"; {where}: {len(classes)} classes ({first_names(classes, 3)}), mean and deviation of "
+                     f"the channels {numbers.round(3).tolist()}")
         if not args.data:
-            raise UserError(f"other images than the training's. {text}. Give the right folder with --data, "
-                            f"or --data {path} if you mean these")
-        warn(f"other images than the training's, and the title says so. {text}")
+            raise UserError(f"{text}. Give the right folder with --data, or --data {path} if you mean these")
+        warn(f"{text}. The title says so")
         return data, path, True
     return data, path, False
 
@@ -2542,10 +2538,24 @@ def prepare(model, images, params=None):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def network_source(model, images, layers=range(32), params=None):
-    """A source for `gram_statistics`: the representations of images, or of their copy augmented by `params`.
+def copy_params(model, images, view):
+    """Training augmentation parameters for copy `view` (0 or 1), the same for all networks of a method."""
+    generator = generator_for(images.device, "augmented copy", view)
+    shape = len(images), *images.shape[2:], images.device, generator
+    if model.settings["method"] == "simclr":
+        return simclr_params(*shape, strength=model.settings["strength"])
+    return imagenet_params(*shape)
 
-    `layers`, in rising order, are indices among the network's 32 or (with a head) 35.
+
+def common_layers(models):
+    """Names of the representations that all of the networks have: 32, or 35 with projection heads."""
+    return LAYERS + (HEAD if all(isinstance(model.fc, ProjectionHead) for model in models) else [])
+
+
+def network_source(model, images, layers=LAYERS, params=None, note=""):
+    """(names for warnings, source for `gram_statistics`) of the representations `layers` of a network.
+
+    It sees `images`, or their copy augmented by `params`, which the names tell by `note`.
     """
 
     def source(start, stop):
@@ -2553,43 +2563,58 @@ def network_source(model, images, layers=range(32), params=None):
         inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
         stream = stream_representations(model, inputs, any_order=True)
         del inputs  # no generator here: its frame would hold on to each layer
-        return itertools.compress(map(operator.itemgetter(1), stream), (i in layers for i in range(35)))
+        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in LAYERS + HEAD))
 
-    return source
-
-
-def layer_names(models, layers, note=""):
-    """ "<network><note> <layer>" for each layer of each model, in the order of their sources."""
-    return [f"{m.name}{note} {layer}" for m in models for layer in layers]
+    return [f"{model.name}{note} {layer}" for layer in layers], source
 
 
-def measure(study, sources, names):
+def measure(study, sources):
     """({ending: CKA}, dominance (L,)) as numpy arrays; says which layers are constant or rest on few images.
 
     CKA is (L, L) under the endings "" and "_debiased", (10, L, L) under "_left_out" and "_debiased_left_out".
-    `names`: one per layer of all sources, for the warnings. UserError for features that are not finite.
+    `sources`: as `network_source` gives them. UserError for features that are not finite.
     """
-    args = study.args
-    options = {"precision": args.precision, "memory": int(args.memory * 1e9) if args.memory else None}
+    args, (names, functions) = study.args, zip(*sources)
+    names = list(itertools.chain(*names))
+    memory = int(args.memory * 1e9) if args.memory else None
     advice = f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"
     with warnings.catch_warnings(record=True) as caught, out_of_memory_advice(advice):
         warnings.simplefilter("always")
         try:
-            found = gram_statistics(sources, len(study.images), batch=args.batch_size, **options)
+            found = gram_statistics(functions, len(study.images), args.precision, memory, args.batch_size)
         except ValueError as error:
-            asked = dict.fromkeys(name.rsplit(" ", 1)[0] for name in names)
-            raise UserError(f"{error} (sources: {', '.join(asked)})") from None
-    for layer in found.constant:
-        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
-    for warning in caught:
-        if "constant over samples" not in str(warning.message):
-            warn(re.sub(r"layer (\d+) \(.*?\)", lambda match: names[int(match[1])], str(warning.message)))
+            raise UserError(f"{error} (layers: {first_names(names)})") from None
+    for warning in caught:  # the engine numbers the layers
+        warn(re.sub(r"layer (\d+) \(.*?\)", lambda match: names[int(match[1])], str(warning.message)))
     dominance = found.dominance.numpy()
-    for layer in np.flatnonzero(dominance > 0.5):
-        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K), so of its CKA")
+    few = [f"{names[i]} ({dominance[i]:.0%})" for i in np.flatnonzero(dominance > 0.5)]
+    if few:
+        warn(f"1 % of the images carry most of HSIC(K, K), so of the CKA, of {first_names(few)}")
     cka = {"": found.cka, "_debiased": found.debiased_cka,
            "_left_out": found.left_out.float(), "_debiased_left_out": found.debiased_left_out.float()}
     return {ending: values.numpy() for ending, values in cka.items()}, dominance
+
+
+def seed_pairs(networks):
+    """All pairs of a sequence of networks' indices; of a single one, with itself."""
+    return list(itertools.combinations(networks, 2)) or [(networks[0], networks[0])]
+
+
+def pair_matrices(cka, pairs):
+    """CKA (..., 32 S, 32 S) as (..., P, 32, 32): of each pair, rows the first network, columns the second."""
+    first, second = np.array(pairs).T
+    count = cka.shape[-1] // 32
+    blocks = cka.reshape(*cka.shape[:-2], count, 32, count, 32).swapaxes(-3, -2)
+    return blocks[..., first, second, :, :]
+
+
+def rank_correlation(values):
+    """Spearman's correlation of values (..., n), along the last axis, with 1 to n; ties share a mean rank."""
+    values = np.asarray(values, float)
+    ranks = np.sign(values[..., :, None] - values[..., None, :]).sum(-1)  # twice the rank, from its mean
+    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
+    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
+        return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
 class Quantity(NamedTuple):
@@ -2624,10 +2649,11 @@ class Claim(NamedTuple):
             margin = np.minimum(values - above, below - values)
             if np.isinf(margin).all():
                 continue
-            least, most, doubt = margin.mean(), margin.mean(), margin.std()
+            low = high = margin.mean()
+            doubt = margin.std()
             if margin.size < 3:
-                least, most, doubt = margin.min(), margin.max(), 2 * np.nan_to_num(error)
-            low, high = min(least, margin.mean() - doubt), max(most, margin.mean() + doubt)
+                low, high, doubt = margin.min(), margin.max(), 2 * np.nan_to_num(error)
+            low, high = min(low, margin.mean() - doubt), max(high, margin.mean() + doubt)
             signs.append(1 if low > 0 else -1 if high < 0 else 0)  # NaN: 0
         return {1: "holds", 0: "undecided", -1: "does not hold"}[min(signs)]
 
@@ -2696,10 +2722,10 @@ def report(args, name, arrays, claims, plot):
     if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
     if arrays["samples"] < 500 and not args.debiased:
-        key = next(key for key in ("pairs", "invariance_simclr", "networks_simclr") if key in arrays)
-        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
-        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
-             f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
+        key = next(key for key in arrays if f"{key}_debiased" in arrays)
+        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here {key} is "
+             f"{arrays[key].mean():.2f} on average, debiased {arrays[f'{key}_debiased'].mean():.2f}; give "
+             "--debiased, or more images")
     path = figure_folder(args) / f"{name}.png"
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
         figure = plot(one_estimator(arrays, args.debiased))
@@ -2735,16 +2761,31 @@ def new_figure(arrays, title, panels, widths=None):
     return figure, axes
 
 
-def mark_block_groups(ax, per_block=1, head=0, both=False):
-    """Ticks and lines for BG1 to BG4 (and the head), `per_block` layers per bottleneck; on x or both axes."""
-    counts = [per_block * b for b in BLOCK_GROUPS] + ([head] if head else [])
-    ends = np.cumsum(counts)
-    centres, labels = ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(counts)]
-    ax.set_xticks(centres, labels)
+def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):
+    """CKA matrices side by side, first layer at the lower left, colours from 0 to 1, one colour bar."""
+    for ax, matrix, title in zip(axes, matrices, titles):
+        image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        mark_block_groups(ax, len(matrix), both=True)
+    label = "debiased linear CKA" if debiased else "linear CKA"
+    ax.figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
+
+
+def depth_lines(ax, values, color, label, marker="o"):
+    """Mean over networks or pairs of values (S, layers) against depth, in a band of one deviation."""
+    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
+    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
+    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
+
+
+def mark_block_groups(ax, layers, both=False):
+    """Ticks and lines for BG1 to BG4, and a head of 3, on x or both axes of 16, 19, 32 or 35 layers."""
+    counts = [layers // 16 * blocks for blocks in BLOCK_GROUPS] + [3]
+    ends = np.cumsum(counts)[:5 if layers % 16 else 4]
+    centres = ends - np.array(counts[:len(ends)]) / 2 - 0.5
+    labels = ["BG1", "BG2", "BG3", "BG4", "Head"][:len(ends)]
     ax.tick_params(length=0)
-    for end in ends[:-1]:
-        ax.axvline(end - 0.5, color="white" if both else "lightgray", linewidth=0.8, zorder=1)
-    if both:
-        ax.set_yticks(centres, labels)
+    for axis, line in ((ax.xaxis, ax.axvline), (ax.yaxis, ax.axhline))[:2 if both else 1]:
+        axis.set_ticks(centres, labels)
         for end in ends[:-1]:
-            ax.axhline(end - 0.5, color="white", linewidth=0.8)
+            line(end - 0.5, color="white" if both else "lightgray", linewidth=0.8, zorder=1)
