@@ -23,7 +23,6 @@ from common import (NAMES, Claim, Quantity, UserError, common_layers, copy_param
                     out_of_memory_advice, rank_correlation, replot, report, save_arrays, user_errors)
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
-COLORS = {"simclr": "tab:blue", "supervised": "tab:orange"}
 
 
 class Probe(nn.Module):
@@ -100,21 +99,19 @@ def train_probes(study, features, probes, images):
 
 def probe_accuracies(study, model, layers):
     """(layers,) test accuracies of linear probes, all trained together on one frozen network."""
-    data, device, total = study.data, study.images.device, len(study.data.train_images)
-    images = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:study.args.probe_images or total]
+    args, data, total = study.args, study.data, len(study.data.train_images)
+    images = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
 
     def features(some_images):  # computed, used and let go layer by layer
         return network_source(model, some_images, layers)[1](0, len(some_images))
 
-    with out_of_memory_advice(f"--batch-size {study.args.batch_size}: lower it"):
-        widths = [x.shape[1] for x in features(data.train_images[:1])]
-        probes = nn.ModuleList(Probe(p, len(data.classes)) for p in widths).to(device)
-        train_probes(study, features, probes, images)
-        right = torch.zeros(len(layers), device=device)
-        for rows in torch.arange(len(study.images), device=device).split(study.args.batch_size):
-            for i, x in enumerate(features(study.images[rows])):
-                with torch.no_grad():
-                    right[i] += (probes[i](x).argmax(1) == study.labels[rows]).sum()
+    right = torch.zeros(len(layers), device=study.images.device)
+    with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it"):
+        probes = nn.ModuleList(Probe(x.shape[1], len(data.classes)) for x in features(data.train_images[:1]))
+        train_probes(study, features, probes.to(right.device), images)
+        for some, labels in zip(study.images.split(args.batch_size), study.labels.split(args.batch_size)):
+            for i, x in enumerate(features(some)):
+                right[i] += (probes[i](x).argmax(1) == labels).sum()
     return right.cpu().numpy() / len(study.images)
 
 
@@ -154,8 +151,8 @@ def claims(arrays):
     """Claims 3a-3h, per network; methods are compared seed by seed. Indices count from 0."""
     simclr, supervised = arrays["invariance_simclr"], arrays["invariance_supervised"]
     seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
-    gain = {m: arrays[f"class_cka_{m}"][:seeds, 15] - arrays[f"class_cka_{m}"][:seeds, 12] for m in NAMES}
-    ahead = simclr[:seeds, :16] - supervised[:seeds]  # of SimCLR in invariance
+    ahead = simclr[:seeds, :16] - supervised[:seeds, :16]  # of SimCLR in invariance
+    classes = arrays["class_cka_supervised"][:seeds, :16] - arrays["class_cka_simclr"][:seeds, :16]
     end = [Quantity("invariance at even 16, SimCLR - supervised", ahead[:, 15], above=0)]
     found = [
         Claim("3a", "linear separability rises monotonically", rises(arrays, "probe", 0.005)),
@@ -171,7 +168,7 @@ def claims(arrays):
         Claim("3f", "CKA with the classes rises monotonically", rises(arrays, "class_cka", 0.01)),
         Claim("3g", "supervision accelerates towards the classes in BG4",
               [Quantity("gain in class CKA from even 13 to 16, supervised - SimCLR",
-                        gain["supervised"] - gain["simclr"], above=0)])]
+                        classes[:, 15] - classes[:, 12], above=0)])]
     if head.shape[1]:  # networks from other projects come without
         end.append(Quantity("at head.3, SimCLR - supervised even 16",
                             simclr[:seeds, 18] - supervised[:seeds, 15], above=0))
@@ -185,21 +182,19 @@ def plot(arrays):
     """The three panels, from what the .npz holds."""
     sides = [f"{arrays[f'label_{method}']} {len(arrays[f'probe_{method}'])}" for method in NAMES]
     kind = "untrained " if arrays["untrained"] else ""
-    figure, axes = new_figure(
-        arrays, f"Mean and standard deviation over {kind}networks: {', '.join(sides)}", panels=3)
+    title = f"Mean and standard deviation over {kind}networks: {', '.join(sides)}"
+    figure, axes = new_figure(arrays, title, panels=3)
     cka = "debiased CKA" if arrays["debiased"] else "CKA"
     panels = (("probe", "Linear probes", "test accuracy"),
               ("invariance", "Augmentation invariance", f"{cka} between augmented copies"),
               ("class_cka", "Alignment with the classes", f"{cka} with the classes"))
+    width = max(arrays[f"probe_{method}"].shape[1] for method in NAMES)
     for ax, (key, title, label) in zip(axes, panels):
-        both = {method: arrays[f"{key}_{method}"] for method in NAMES}
-        for method, values in both.items():
-            depth_lines(ax, values, COLORS[method], str(arrays[f"label_{method}"]))
-        width = max(values.shape[1] for values in both.values())
-        lowest = min(np.fmin.reduce(values, axis=None) for values in both.values())
+        for method, color in zip(NAMES, ("tab:blue", "tab:orange")):
+            depth_lines(ax, arrays[f"{key}_{method}"], color, str(arrays[f"label_{method}"]))
         mark_block_groups(ax, width)
         ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5),
-               ylim=(min(0, lowest), 1))  # debiased CKA may be negative
+               ylim=(min(0, ax.dataLim.y0), 1))  # debiased CKA may be negative
     axes[0].legend(loc="upper left")
     return figure
 

@@ -41,16 +41,14 @@ def compare_copies(study, method):
 def claims(arrays):
     """Claims 5a-5c, each quantity per network."""
     supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
-    has_head = simclr.shape[1] > 32  # networks from other projects come without
-    late = "BG4 and head" if has_head else "BG4"
     found = [
         Claim("5a", "supervised invariance fades gradually from the first layers",
               [Quantity("supervised diagonal, rank correlation with depth, BG1-3",
                         rank_correlation(supervised[:, :26]), below=0)]),
         Claim("5c", "robustness is limited up to the last few layers",
-              [Quantity(f"SimCLR diagonal, {late} - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1),
-                        above=0)])]
-    if has_head:
+              [Quantity("SimCLR diagonal, BG4 and later - BG1-3",
+                        simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), above=0)])]
+    if simclr.shape[1] > 32:  # networks from other projects come without a head
         head = Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)
         found.insert(1, Claim("5b", "SimCLR's head learns substantial but not total invariance", [head]))
     return found
