@@ -1005,17 +1005,17 @@ def read_checkpoint(path, device="cpu"):
 
 def is_checkpoint(content):
     """True for what the training scripts write, in this version or an earlier one."""
-    expected = {"settings": dict, "epoch": int, "step": int, "backbone": dict, "head": dict}
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), t) for k, t in expected.items()):
-        return False
+    parts = {"settings", "epoch", "step", "backbone", "head"}
     needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "strength", "blur"}
-    return needed <= content["settings"].keys()
+    if not isinstance(content, dict) or not parts <= content.keys():
+        return False
+    return isinstance(content["settings"], dict) and needed <= content["settings"].keys()
 
 
 def load_weights(model, checkpoint, path, assign=False):
     """Copies (or with `assign` puts) a checkpoint's backbone and head into `model`, or raises UserError."""
-    weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
     try:
+        weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
         model.load_state_dict(weights, strict=True, assign=assign)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its weights do not fit ({str(error)[:300]})") from None
@@ -1030,19 +1030,18 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
     that is neither, does not fit, or holds values that are not finite.
     """
     content = read_file(path, "cpu", "expected a checkpoint of this study or a ResNet-50's state dict")
-    ours = is_checkpoint(content)
-    if ours:
+    if is_checkpoint(content):
         settings = content["settings"] | {"epoch": content["epoch"]}
     else:
         weights, start, left_out = find_backbone(content, path, prefix)
-        settings = foreign_settings(weights, method, image_size, mean, std, stem_padding)
-        settings["note"] = f"took the network at prefix '{start}'; {settings['note']}"
-        settings |= {"file": str(path), "prefix": start, "left_out": left_out}
         content = {"backbone": weights, "head": {}}
+        settings = foreign_settings(weights, method, image_size, mean, std, stem_padding)
+        settings |= {"file": str(path), "prefix": start, "left_out": left_out,
+                     "note": f"took the network at prefix '{start}'; {settings['note']}"}
     with torch.device("meta"):  # no time spent on initial weights
         model = build_model(settings["method"], settings["stem"], max(1, len(settings["classes"])),
                             stem_padding=settings.get("stem_padding", 1))
-    if not ours:
+    if not content["head"]:
         model.fc = nn.Identity()
     load_weights(model, content, path, assign=True)
     model.to(torch.float32, memory_format=torch.channels_last).eval()
@@ -1068,8 +1067,8 @@ def foreign_settings(weights, method, image_size, mean, std, stem_padding):
     small = weights["conv1.weight"].shape[-1] == 3
     note = "7 x 7 stem with stride 2, padding 3 and max-pool assumed"
     if small:
-        note = f"3 x 3 stem with stride 1, padding {stem_padding or 1} and no max-pool assumed"
-        note += "" if stem_padding else " (--stem-padding 2: as solo-learn's)"
+        note = (f"3 x 3 stem with stride 1, no max-pool and padding {stem_padding or 1} assumed "
+                "(--stem-padding 2: as solo-learn's)")
     if not (mean and std):
         note += ", images standardised for ImageNet (--mean, --std)"
     return {"method": method or "supervised", "seed": None, "data": None, "classes": [],
@@ -1086,16 +1085,17 @@ def find_backbone(content, path, prefix=None):
     whole, with what the nearest lacks, and if several are that differ, of which neither `_preferred` nor
     `prefix` (its end is enough) picks one. Left out are the other tensors of the same dict.
     """
-    wanted, whole, faults, found = _backbone_shapes(), {}, [], []
+    whole, faults, found = {}, [], []
     for where, tensors in _state_dicts(content):
         found += [where + name for name in tensors]
         for start, names in _resnets(tensors):
-            wrong = _faults({name: tensors[old] for name, old in names.items()}, wanted)
+            weights = {name: tensors[old] for name, old in names.items()}
+            wrong = _faults(weights)
             faults.append((len(wrong), f"the nearest, with prefix '{where}{start}': {first_names(wrong)}"))
             if not wrong:
-                names = {name: old for name, old in names.items() if name in wanted}
-                weights = {name: tensors[old] for name, old in names.items()}
-                whole[where + start] = weights, where + start, sorted(tensors.keys() - set(names.values()))
+                weights = {name: weights[name] for name in weights if name in _backbone_shapes()}
+                left_out = sorted(tensors.keys() - {names[name] for name in weights})
+                whole[where + start] = weights, where + start, left_out
     if not whole:
         what = min(faults)[1] if faults else f"found {first_names(found) or 'no tensors'}"
         raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {what}")
@@ -1105,7 +1105,7 @@ def find_backbone(content, path, prefix=None):
         chosen = [p for p in whole if p.strip(".") == prefix.strip(".")] or ends
     first, *others = [whole[p][0] for p in chosen] or [{}]
     if not chosen or any(not torch.equal(other[name], first[name]) for other in others for name in first):
-        what = f"no ResNet-50 at --prefix {prefix}" if not chosen else "several ResNet-50s"
+        what = "several ResNet-50s" if chosen else f"no ResNet-50 at --prefix {prefix}"
         raise UserError(f"{path}: {what}; choose one by --prefix: {first_names([repr(p) for p in whole])}")
     return whole[chosen[0]]
 
@@ -1118,22 +1118,20 @@ def _backbone_shapes():
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("fc.")}
 
 
-def _state_dicts(content):
-    """(the way to it, {name: tensor}) of every dict or list in a file, from the outside in, each once."""
-    found, waiting, seen = [], [("", content)], set()
-    for where, value in waiting:  # grows on the way
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            items = list(value.items() if isinstance(value, dict) else enumerate(value))
-            found.append((where, {str(key): item for key, item in items if isinstance(item, torch.Tensor)}))
-            waiting += [(f"{where}{key}.", item) for key, item in items]
-    return found
+def _state_dicts(value, where=""):
+    """(the way to it, {name: tensor}) of every dict or list in a file, an outer one before what it holds."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        yield where, {str(key): item for key, item in value.items() if isinstance(item, torch.Tensor)}
+        for key, item in value.items():
+            yield from _state_dicts(item, f"{where}{key}.")
 
 
 def _resnets(tensors):
     """(prefix, {torchvision's name: name}) of everything in a state dict that looks like a ResNet."""
-    starts = [re.fullmatch(r"((?:.*\.)?)(layer1|[234])\.0\.conv1\.weight", name) for name in tensors]
-    starts, found = [match.groups() for match in starts if match], []
+    matches = [re.fullmatch(r"((?:.*\.)?)(layer1|[234])\.0\.conv1\.weight", name) for name in tensors]
+    starts = [match.groups() for match in matches if match]
     for start, layer1 in starts:
         tops = {}
         if layer1 != "layer1":  # nn.Sequential(*children): 4, or less without ReLU and max-pool before it
@@ -1144,27 +1142,27 @@ def _resnets(tensors):
             if name.startswith(start) and not name.startswith(inner):
                 top, dot, rest = name[len(start):].partition(".")
                 names[tops.get(top, top) + dot + rest.replace("shortcut.", "downsample.")] = name
-        found.append((start, names))
-    return found
+        yield start, names
 
 
-def _faults(network, wanted):
+def _faults(network):
     """What keeps {torchvision's name: tensor} from being a ResNet-50's backbone, in words."""
+    wanted = _backbone_shapes()
     blocks = tuple(len({n.split(".")[1] for n in network if n.startswith(f"layer{g}.")}) for g in range(1, 5))
-    faults = [f"{blocks} blocks instead of {BLOCK_GROUPS}"] if blocks != BLOCK_GROUPS else []
     missing = [n for n in wanted if n not in network and "num_batches" not in n]  # old files have no counts
     if missing and all(".running_" in name for name in missing):
         return ["no running statistics of the batch norms; save model.state_dict(), which has them"]
+    faults = [f"{blocks} blocks instead of {BLOCK_GROUPS}"] if blocks != BLOCK_GROUPS else []
     faults += [f"no {name}" for name in missing]
     for name, tensor in network.items():
-        shape, small = tuple(tensor.shape), name == "conv1.weight" and tensor.shape == (64, 3, 3, 3)
-        numbers = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-        if name in wanted and shape != wanted[name] and not small:
+        shape, plain = tuple(tensor.shape), tensor.layout == torch.strided and not tensor.is_meta
+        if name not in wanted:  # a head's tensors have other names and at most two dimensions
+            if tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name):
+                faults.append(f"{name} besides")
+        elif shape != wanted[name] and (name, shape) != ("conv1.weight", (64, 3, 3, 3)):
             faults.append(f"{name} {shape} instead of {wanted[name]}")
-        elif name in wanted and "num_batches" not in name and not numbers:
+        elif "num_batches" not in name and not (plain and tensor.is_floating_point()):
             faults.append(f"{name} as {tensor.type()} instead of plain floating-point numbers")
-        elif name not in wanted and (tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name)):
-            faults.append(f"{name} besides")  # a head's tensors have other names and at most two dimensions
     return faults
 
 
