@@ -285,8 +285,7 @@ def _load_folder(folder, download):
         names, of_cifar = {entry.name for entry in entries}, {cifar.base_folder, cifar.filename}
         if {"train", "test"} <= names:
             return _load_image_folder(folder)
-        download = download or os.path.abspath(folder) == os.path.abspath("data")
-        download = download and names <= of_cifar
+        download = (download or os.path.abspath(folder) == os.path.abspath("data")) and names <= of_cifar
         if download or names & of_cifar:
             return _load_cifar10(folder, download)
     except OSError as error:
@@ -360,18 +359,15 @@ def _images_below(folder, known):
 
 def _read_images(files):
     """uint8 (n, 3, h, w) of image files of one size, read by threads; says on a terminal how far it is."""
-    shape = _decode(files[0]).shape
-    images = torch.empty(len(files), *shape, dtype=torch.uint8)
-
-    def read(i):
-        image = _decode(files[i])
-        if image.shape != shape:
-            raise UserError(f"{files[i]}: is {image.shape[2]} x {image.shape[1]} pixels, the first image "
-                            f"{shape[2]} x {shape[1]}; all images must have the same size")
-        images[i] = image
-
+    first = _decode(files[0])
+    images = first.new_empty(len(files), *first.shape)
     with ThreadPoolExecutor() as pool:
-        for done, _ in enumerate(pool.map(read, range(len(files))), 1):
+        for done, image in enumerate(pool.map(_decode, files), 1):
+            if image.shape != first.shape:
+                size, expected = (f"{some.shape[2]} x {some.shape[1]}" for some in (image, first))
+                raise UserError(f"{files[done - 1]}: is {size} pixels, the first image {expected}; all images "
+                                "must have the same size")
+            images[done - 1] = image
             if sys.stderr.isatty() and (done % 500 == 0 or done == len(files)):
                 end = "\n" if done == len(files) else ""
                 print(f"\rread {done:,} of {len(files):,} images", end=end, file=sys.stderr, flush=True)
@@ -717,11 +713,9 @@ def representations(model, images, any_order=False):
 
     `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
     ReLU (App. A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. The model stays in
-    the mode it is in (use eval for figures); no hook is left behind, even after an exception. TypeError for a
-    network that is not torchvision's ResNet of 16 bottlenecks, or whose class changes what that computes.
-
-    Features are in the order of flattened (channel, height, width); with `any_order` in that of memory, which
-    for a channels_last network saves a transposition. Linear CKA is the same for any order.
+    the mode it is in (use eval for figures). Features are flattened (channel, height, width); with
+    `any_order` in the order of memory: quicker for channels_last, and no difference to linear CKA.
+    TypeError for a network that is not torchvision's ResNet-50, or whose class changes what that computes.
     """
     return dict(stream_representations(model, images, any_order))
 
@@ -729,8 +723,7 @@ def representations(model, images, any_order=False):
 def stream_representations(model, images, any_order=False):
     """`representations` one at a time, (name, tensor) pairs, in memory for two blocks instead of sixteen.
 
-    It holds neither the images nor what was taken: let go of both. The tensors must not be changed, the
-    network reads them afterwards.
+    It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
     _refuse_other_networks(model, groups)
