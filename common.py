@@ -365,8 +365,8 @@ def _read_images(files):
         for done, image in enumerate(pool.map(_decode, files), 1):
             if image.shape != first.shape:
                 size, expected = (f"{some.shape[2]} x {some.shape[1]}" for some in (image, first))
-                raise UserError(f"{files[done - 1]}: is {size} pixels, the first image {expected}; all images "
-                                "must have the same size")
+                raise UserError(f"{files[done - 1]}: is {size} pixels, the first image {expected}; all must "
+                                "have the same size")
             images[done - 1] = image
             if sys.stderr.isatty() and (done % 500 == 0 or done == len(files)):
                 end = "\n" if done == len(files) else ""
@@ -2563,10 +2563,15 @@ def measure(study, sources):
     """({ending: CKA}, dominance (L,)) as numpy arrays; says which layers are constant or rest on few images.
 
     CKA is (L, L) under the endings "" and "_debiased", (10, L, L) under "_left_out" and "_debiased_left_out".
-    `sources`: as `network_source` gives them. UserError for features that are not finite.
+    `sources`: as `network_source` gives them, whose names take the place of the engine's numbers. UserError
+    for features that are not finite, too little memory and a precision that the device has not.
     """
     args, (names, functions) = study.args, zip(*sources)
-    names = list(itertools.chain(*names))
+
+    def named(message):
+        return re.sub(r"(layer \d+ \()?source (\d+), layer (\d+)\)?",
+                      lambda numbers: names[int(numbers[2])][int(numbers[3])], str(message))
+
     memory = int(args.memory * 1e9) if args.memory else None
     advice = f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"
     with warnings.catch_warnings(record=True) as caught, out_of_memory_advice(advice):
@@ -2574,11 +2579,11 @@ def measure(study, sources):
         try:
             found = gram_statistics(functions, len(study.images), args.precision, memory, args.batch_size)
         except ValueError as error:
-            raise UserError(f"{error} (layers: {first_names(names)})") from None
-    for warning in caught:  # the engine numbers the layers
-        warn(re.sub(r"layer (\d+) \(.*?\)", lambda match: names[int(match[1])], str(warning.message)))
+            raise UserError(named(error)) from None
+    for warning in caught:
+        warn(named(warning.message))
     dominance = found.dominance.numpy()
-    few = [f"{names[i]} ({dominance[i]:.0%})" for i in np.flatnonzero(dominance > 0.5)]
+    few = [f"{name} ({share:.0%})" for name, share in zip(itertools.chain(*names), dominance) if share > 0.5]
     if few:
         warn(f"1 % of the images carry most of HSIC(K, K), so of the CKA, of {first_names(few)}")
     cka = {"": found.cka, "_debiased": found.debiased_cka,
@@ -2714,9 +2719,9 @@ def report(args, name, arrays, claims, plot):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
     if arrays["samples"] < 500 and not args.debiased:
         key = next(key for key in arrays if f"{key}_debiased" in arrays)
-        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here {key} is "
-             f"{arrays[key].mean():.2f} on average, debiased {arrays[f'{key}_debiased'].mean():.2f}; give "
-             "--debiased, or more images")
+        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
+        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
+             f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
     path = figure_folder(args) / f"{name}.png"
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
         figure = plot(one_estimator(arrays, args.debiased))
