@@ -2529,15 +2529,6 @@ def prepare(model, images, params=None):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def copy_params(model, images, view):
-    """Training augmentation parameters for copy `view` (0 or 1), the same for all networks of a method."""
-    generator = generator_for(images.device, "augmented copy", view)
-    shape = len(images), *images.shape[2:], images.device, generator
-    if model.settings["method"] == "simclr":
-        return simclr_params(*shape, strength=model.settings["strength"])
-    return imagenet_params(*shape)
-
-
 def common_layers(models):
     """Names of the representations that all of the networks have: 32, or 35 with projection heads."""
     return LAYERS + (HEAD if all(isinstance(model.fc, ProjectionHead) for model in models) else [])
@@ -2557,6 +2548,20 @@ def network_source(model, images, layers=LAYERS, params=None, note=""):
         return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in LAYERS + HEAD))
 
     return [f"{model.name}{note} {layer}" for layer in layers], source
+
+
+def copy_sources(model, images, layers):
+    """`network_source` of two copies of images, augmented as in training, the same for a method's networks."""
+    sources = []
+    for view in (0, 1):
+        generator = generator_for(images.device, "augmented copy", view)
+        shape = len(images), *images.shape[2:], images.device, generator
+        if model.settings["method"] == "simclr":
+            params = simclr_params(*shape, strength=model.settings["strength"])
+        else:
+            params = imagenet_params(*shape)
+        sources.append(network_source(model, images, layers, params, f", copy {view + 1}"))
+    return sources
 
 
 def measure(study, sources):

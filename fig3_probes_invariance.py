@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (NAMES, Claim, Quantity, UserError, common_layers, copy_params, depth_lines, figure_parser,
-                    generator_for, mark_block_groups, measure, network_source, new_figure, number, open_study,
-                    out_of_memory_advice, rank_correlation, replot, report, save_arrays, user_errors)
+from common import (NAMES, Claim, Quantity, UserError, common_layers, copy_sources, depth_lines,
+                    figure_parser, generator_for, mark_block_groups, measure, network_source, new_figure,
+                    number, open_study, out_of_memory_advice, rank_correlation, replot, report, save_arrays,
+                    user_errors)
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
 
@@ -67,20 +68,28 @@ def batch_statistics(pieces):
     return list(found.values())
 
 
-def train_probes(study, features, probes, images):
-    """Trains a `Probe` per layer on `images` of the training set; features(images): generator of layers.
+def probe_accuracies(study, model, layers):
+    """(layers,) test accuracies of linear probes, all trained together on one frozen network.
 
     A batch larger than --batch-size comes in pieces, and twice: first for its statistics, then for the
     gradient, which is the whole batch's.
     """
-    args, data = study.args, study.data
+    args, data, device = study.args, study.data, study.images.device
+    images = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
+    images = images[:args.probe_images]
     batch = min(PROBE_BATCH, len(images))
     steps = len(images) // batch
+
+    def features(some_images):  # computed, used and let go layer by layer
+        return network_source(model, some_images, layers)[1](0, len(some_images))
+
+    probes = nn.ModuleList(Probe(x.shape[1], len(data.classes)) for x in features(data.train_images[:1]))
+    probes.to(device)
     optimizer = torch.optim.SGD(probes.parameters(), PROBE_RATE, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.probe_epochs * steps)
     for epoch in range(args.probe_epochs):
         order = torch.randperm(len(images), generator=generator_for("cpu", "probes", epoch))
-        for rows in images[order][:steps * batch].to(study.images.device).split(batch):
+        for rows in images[order][:steps * batch].to(device).split(batch):
             pieces, whole = rows.split(args.batch_size), None
             if len(pieces) > 1:
                 whole = batch_statistics((len(some), features(data.train_images[some])) for some in pieces)
@@ -95,23 +104,10 @@ def train_probes(study, features, probes, images):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-
-
-def probe_accuracies(study, model, layers):
-    """(layers,) test accuracies of linear probes, all trained together on one frozen network."""
-    args, data, total = study.args, study.data, len(study.data.train_images)
-    images = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
-
-    def features(some_images):  # computed, used and let go layer by layer
-        return network_source(model, some_images, layers)[1](0, len(some_images))
-
-    right = torch.zeros(len(layers), device=study.images.device)
-    with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it"):
-        probes = nn.ModuleList(Probe(x.shape[1], len(data.classes)) for x in features(data.train_images[:1]))
-        train_probes(study, features, probes.to(right.device), images)
-        for some, labels in zip(study.images.split(args.batch_size), study.labels.split(args.batch_size)):
-            for i, x in enumerate(features(some)):
-                right[i] += (probes[i](x).argmax(1) == labels).sum()
+    right = torch.zeros(len(layers), device=device)
+    for some, labels in zip(study.images.split(args.batch_size), study.labels.split(args.batch_size)):
+        for i, x in enumerate(features(some)):
+            right[i] += (probes[i](x).argmax(1) == labels).sum()
     return right.cpu().numpy() / len(study.images)
 
 
@@ -123,15 +119,15 @@ def measure_method(study, method):
     classes = ["the classes (one-hot)"], lambda start, stop: [one_hot[start:stop]]
     n, found = len(layers), collections.defaultdict(list)
     for model in models:
-        first, second = (network_source(model, images, layers, copy_params(model, images, view),
-                                        f", copy {view + 1}") for view in (0, 1))
-        cka, dominance = measure(study, [first, second, network_source(model, images, layers), classes])
+        sources = *copy_sources(model, images, layers), network_source(model, images, layers), classes
+        cka, dominance = measure(study, sources)
         for ending, values in cka.items():
             invariance = values[..., :n, n:2 * n].diagonal(axis1=-2, axis2=-1)
             found[f"invariance_{method}{ending}"].append(invariance)
             found[f"class_cka_{method}{ending}"].append(values[..., 2 * n:3 * n, -1])
         found[f"dominance_{method}"].append(dominance[2 * n:3 * n])
-        found[f"probe_{method}"].append(probe_accuracies(study, model, layers))
+        with out_of_memory_advice(f"--batch-size {study.args.batch_size}: lower it"):
+            found[f"probe_{method}"].append(probe_accuracies(study, model, layers))
     arrays = {key: np.stack(values, -2) for key, values in found.items()}
     return arrays | {f"layers_{method}": np.array(layers)}
 
@@ -209,9 +205,8 @@ def main():
     if args.replot:
         return replot(args, "fig3", claims, plot)
     study = open_study(args, list(NAMES))
-    needed, total = args.probe_images or 2, len(study.data.train_images)
-    if needed > total:
-        raise UserError(f"--probe-images {needed}: the training set has {total}")
+    if len(study.data.train_images) < (args.probe_images or 2):
+        raise UserError(f"--probe-images {args.probe_images or 2}: the training set has fewer images")
     arrays = measure_method(study, "simclr") | measure_method(study, "supervised")
     report(args, "fig3", save_arrays(study, "fig3", arrays), claims, plot)
 

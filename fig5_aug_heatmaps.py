@@ -12,22 +12,19 @@ Judges claims 5a-5c.
 
 import numpy as np
 
-from common import (Claim, Quantity, cka_heatmaps, common_layers, copy_params, figure_parser, measure,
-                    network_source, new_figure, open_study, rank_correlation, replot, report, save_arrays,
-                    user_errors)
+from common import (Claim, Quantity, cka_heatmaps, common_layers, copy_sources, figure_parser, measure,
+                    new_figure, open_study, rank_correlation, replot, report, save_arrays, user_errors)
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
 
 def compare_copies(study, method):
     """The arrays of one panel: rows the layers for the first copy of the images, columns for the second."""
-    models, images = study.networks[method], study.images
+    models = study.networks[method]
     layers = common_layers(models)
     n, matrices, dominances = len(layers), {}, []
     for model in models:
-        cka, dominance = measure(study, [
-            network_source(model, images, layers, copy_params(model, images, view), f", copy {view + 1}")
-            for view in (0, 1)])
+        cka, dominance = measure(study, copy_sources(model, study.images, layers))
         for ending, values in cka.items():
             matrices.setdefault(ending, []).append(values[..., :n, n:])
         dominances.append(dominance.reshape(2, n).max(0))
