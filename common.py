@@ -2459,8 +2459,9 @@ def load_networks(args, method, device):
     for name in FOREIGN:
         own = getattr(args, f"{method}_{name}")
         options[name] = getattr(args, name) if own is None else own
-    models = [load_model(path, device, method, **options) for path in paths]
-    for path, model in zip(paths, models):
+    models = []
+    for path in paths:
+        model = load_model(path, device, method, **options)
         s = model.settings
         model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"
         if s.get("epoch", 0) < s.get("epochs", 0):
@@ -2469,11 +2470,12 @@ def load_networks(args, method, device):
             warn(f"{path}: not of the backbone and left out: {first_names(s['left_out'])}")
         if s.get("note"):
             print(f"{path}: {s['note']}")
+        models.append(untrained(model, len(models), device) if args.untrained else model)
     held = {(model.settings["method"], model.settings["seed"]) for model in models}
     if not files and (len(held) < len(models) or {name for name, _ in held} != {method}):
         raise UserError(f"--checkpoints {folder}: {method}_seed*.pt are not {method} networks of different "
                         "seeds; move the others away")
-    return [untrained(model, i, device) for i, model in enumerate(models)] if args.untrained else models
+    return models
 
 
 def untrained(model, index, device):
@@ -2485,8 +2487,8 @@ def untrained(model, index, device):
     s["seed"] = index if s["seed"] is None else s["seed"]
     fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), s["seed"], zero_init=False,
                         stem_padding=s.get("stem_padding", 1))
-    if "preset" not in s:
-        fresh.fc = nn.Identity()
+    if isinstance(model.fc, nn.Identity):  # another project's, without head
+        fresh.fc = model.fc
     fresh.settings, fresh.name = s, f"untrained {model.name}"
     return fresh.to(device, memory_format=torch.channels_last).eval()
 
@@ -2650,11 +2652,11 @@ class Claim(NamedTuple):
             margin = np.minimum(values - above, below - values)
             if np.isinf(margin).all():
                 continue
-            low = high = margin.mean()
-            doubt = margin.std()
+            mean, doubt = margin.mean(), margin.std()
+            low, high = mean - doubt, mean + doubt
             if margin.size < 3:
-                low, high, doubt = margin.min(), margin.max(), 2 * np.nan_to_num(error)
-            low, high = min(low, margin.mean() - doubt), max(high, margin.mean() + doubt)
+                doubt = 2 * np.nan_to_num(error)
+                low, high = min(margin.min(), mean - doubt), max(margin.max(), mean + doubt)
             signs.append(1 if low > 0 else -1 if high < 0 else 0)  # NaN: 0
         return {1: "holds", 0: "undecided", -1: "does not hold"}[min(signs)]
 
