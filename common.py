@@ -2553,7 +2553,7 @@ def network_source(model, images, layers=LAYERS, params=None, note=""):
 
 
 def copy_sources(model, images, layers):
-    """`network_source` of two copies of images, augmented as in training, the same for a method's networks."""
+    """`network_source` of two copies of images, augmented as in training, alike for a method's networks."""
     sources = []
     for view in (0, 1):
         generator = generator_for(images.device, "augmented copy", view)
