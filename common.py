@@ -280,8 +280,7 @@ def _load_folder(folder, download):
         names, of_cifar = {entry.name for entry in entries}, {cifar.base_folder, cifar.filename}
         if {"train", "test"} <= names:
             return _load_image_folder(folder)
-        download = download or os.path.abspath(folder) == os.path.abspath("data")
-        download = download and names <= of_cifar
+        download = (download or os.path.abspath(folder) == os.path.abspath("data")) and names <= of_cifar
         if download or names & of_cifar:
             return _load_cifar10(folder, download)
     except OSError as error:
@@ -355,18 +354,15 @@ def _images_below(folder, known):
 
 def _read_images(files):
     """uint8 (n, 3, h, w) of image files of one size, read by threads; says on a terminal how far it is."""
-    shape = _decode(files[0]).shape
-    images = torch.empty(len(files), *shape, dtype=torch.uint8)
-
-    def read(i):
-        image = _decode(files[i])
-        if image.shape != shape:
-            raise UserError(f"{files[i]}: is {image.shape[2]} x {image.shape[1]} pixels, the first image "
-                            f"{shape[2]} x {shape[1]}; all images must have the same size")
-        images[i] = image
-
+    first = _decode(files[0])
+    images = first.new_empty(len(files), *first.shape)
     with ThreadPoolExecutor() as pool:
-        for done, _ in enumerate(pool.map(read, range(len(files))), 1):
+        for done, image in enumerate(pool.map(_decode, files), 1):
+            if image.shape != first.shape:
+                size, expected = (f"{some.shape[2]} x {some.shape[1]}" for some in (image, first))
+                raise UserError(f"{files[done - 1]}: is {size} pixels, the first image {expected}; all must "
+                                "have the same size")
+            images[done - 1] = image
             if sys.stderr.isatty() and (done % 500 == 0 or done == len(files)):
                 end = "\n" if done == len(files) else ""
                 print(f"\rread {done:,} of {len(files):,} images", end=end, file=sys.stderr, flush=True)
@@ -702,11 +698,9 @@ def representations(model, images, any_order=False):
 
     `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
     ReLU (App. A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. The model stays in
-    the mode it is in (use eval for figures); no hook is left behind, even after an exception. TypeError for a
-    network that is not torchvision's ResNet of 16 bottlenecks, or whose class changes what that computes.
-
-    Features are in the order of flattened (channel, height, width); with `any_order` in that of memory, which
-    for a channels_last network saves a transposition. Linear CKA is the same for any order.
+    the mode it is in (use eval for figures). Features are flattened (channel, height, width); with
+    `any_order` in the order of memory: quicker for channels_last, and no difference to linear CKA.
+    TypeError for a network that is not torchvision's ResNet-50, or whose class changes what that computes.
     """
     return dict(stream_representations(model, images, any_order))
 
@@ -714,8 +708,7 @@ def representations(model, images, any_order=False):
 def stream_representations(model, images, any_order=False):
     """`representations` one at a time, (name, tensor) pairs, in memory for two blocks instead of sixteen.
 
-    It holds neither the images nor what was taken: let go of both. The tensors must not be changed, the
-    network reads them afterwards.
+    It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
     _refuse_other_networks(model, groups)
@@ -990,17 +983,17 @@ def read_checkpoint(path, device="cpu"):
 
 def is_checkpoint(content):
     """True for what the training scripts write, in this version or an earlier one."""
-    expected = {"settings": dict, "epoch": int, "step": int, "backbone": dict, "head": dict}
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), t) for k, t in expected.items()):
-        return False
+    parts = {"settings", "epoch", "step", "backbone", "head"}
     needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "strength", "blur"}
-    return needed <= content["settings"].keys()
+    if not isinstance(content, dict) or not parts <= content.keys():
+        return False
+    return isinstance(content["settings"], dict) and needed <= content["settings"].keys()
 
 
 def load_weights(model, checkpoint, path, assign=False):
     """Copies (or with `assign` puts) a checkpoint's backbone and head into `model`, or raises UserError."""
-    weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
     try:
+        weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
         model.load_state_dict(weights, strict=True, assign=assign)
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its weights do not fit ({str(error)[:300]})") from None
@@ -1015,19 +1008,18 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
     that is neither, does not fit, or holds values that are not finite.
     """
     content = read_file(path, "cpu", "expected a checkpoint of this study or a ResNet-50's state dict")
-    ours = is_checkpoint(content)
-    if ours:
+    if is_checkpoint(content):
         settings = content["settings"] | {"epoch": content["epoch"]}
     else:
         weights, start, left_out = find_backbone(content, path, prefix)
-        settings = foreign_settings(weights, method, image_size, mean, std, stem_padding)
-        settings["note"] = f"took the network at prefix '{start}'; {settings['note']}"
-        settings |= {"file": str(path), "prefix": start, "left_out": left_out}
         content = {"backbone": weights, "head": {}}
+        settings = foreign_settings(weights, method, image_size, mean, std, stem_padding)
+        settings |= {"file": str(path), "prefix": start, "left_out": left_out,
+                     "note": f"took the network at prefix '{start}'; {settings['note']}"}
     with torch.device("meta"):  # no time spent on initial weights
         model = build_model(settings["method"], settings["stem"], max(1, len(settings["classes"])),
                             stem_padding=settings.get("stem_padding", 1))
-    if not ours:
+    if not content["head"]:
         model.fc = nn.Identity()
     load_weights(model, content, path, assign=True)
     model.to(torch.float32, memory_format=torch.channels_last).eval()
@@ -1053,8 +1045,8 @@ def foreign_settings(weights, method, image_size, mean, std, stem_padding):
     small = weights["conv1.weight"].shape[-1] == 3
     note = "7 x 7 stem with stride 2, padding 3 and max-pool assumed"
     if small:
-        note = f"3 x 3 stem with stride 1, padding {stem_padding or 1} and no max-pool assumed"
-        note += "" if stem_padding else " (--stem-padding 2: as solo-learn's)"
+        note = (f"3 x 3 stem with stride 1, no max-pool and padding {stem_padding or 1} assumed "
+                "(--stem-padding 2: as solo-learn's)")
     if not (mean and std):
         note += ", images standardised for ImageNet (--mean, --std)"
     return {"method": method or "supervised", "seed": None, "data": None, "classes": [],
@@ -1071,16 +1063,17 @@ def find_backbone(content, path, prefix=None):
     whole, with what the nearest lacks, and if several are that differ, of which neither `_preferred` nor
     `prefix` (its end is enough) picks one. Left out are the other tensors of the same dict.
     """
-    wanted, whole, faults, found = _backbone_shapes(), {}, [], []
+    whole, faults, found = {}, [], []
     for where, tensors in _state_dicts(content):
         found += [where + name for name in tensors]
         for start, names in _resnets(tensors):
-            wrong = _faults({name: tensors[old] for name, old in names.items()}, wanted)
+            weights = {name: tensors[old] for name, old in names.items()}
+            wrong = _faults(weights)
             faults.append((len(wrong), f"the nearest, with prefix '{where}{start}': {first_names(wrong)}"))
             if not wrong:
-                names = {name: old for name, old in names.items() if name in wanted}
-                weights = {name: tensors[old] for name, old in names.items()}
-                whole[where + start] = weights, where + start, sorted(tensors.keys() - set(names.values()))
+                weights = {name: weights[name] for name in weights if name in _backbone_shapes()}
+                left_out = sorted(tensors.keys() - {names[name] for name in weights})
+                whole[where + start] = weights, where + start, left_out
     if not whole:
         what = min(faults)[1] if faults else f"found {first_names(found) or 'no tensors'}"
         raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {what}")
@@ -1090,7 +1083,7 @@ def find_backbone(content, path, prefix=None):
         chosen = [p for p in whole if p.strip(".") == prefix.strip(".")] or ends
     first, *others = [whole[p][0] for p in chosen] or [{}]
     if not chosen or any(not torch.equal(other[name], first[name]) for other in others for name in first):
-        what = f"no ResNet-50 at --prefix {prefix}" if not chosen else "several ResNet-50s"
+        what = "several ResNet-50s" if chosen else f"no ResNet-50 at --prefix {prefix}"
         raise UserError(f"{path}: {what}; choose one by --prefix: {first_names([repr(p) for p in whole])}")
     return whole[chosen[0]]
 
@@ -1103,22 +1096,20 @@ def _backbone_shapes():
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("fc.")}
 
 
-def _state_dicts(content):
-    """(the way to it, {name: tensor}) of every dict or list in a file, from the outside in, each once."""
-    found, waiting, seen = [], [("", content)], set()
-    for where, value in waiting:  # grows on the way
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            items = list(value.items() if isinstance(value, dict) else enumerate(value))
-            found.append((where, {str(key): item for key, item in items if isinstance(item, torch.Tensor)}))
-            waiting += [(f"{where}{key}.", item) for key, item in items]
-    return found
+def _state_dicts(value, where=""):
+    """(the way to it, {name: tensor}) of every dict or list in a file, an outer one before what it holds."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        yield where, {str(key): item for key, item in value.items() if isinstance(item, torch.Tensor)}
+        for key, item in value.items():
+            yield from _state_dicts(item, f"{where}{key}.")
 
 
 def _resnets(tensors):
     """(prefix, {torchvision's name: name}) of everything in a state dict that looks like a ResNet."""
-    starts = [re.fullmatch(r"((?:.*\.)?)(layer1|[234])\.0\.conv1\.weight", name) for name in tensors]
-    starts, found = [match.groups() for match in starts if match], []
+    matches = [re.fullmatch(r"((?:.*\.)?)(layer1|[234])\.0\.conv1\.weight", name) for name in tensors]
+    starts = [match.groups() for match in matches if match]
     for start, layer1 in starts:
         tops = {}
         if layer1 != "layer1":  # nn.Sequential(*children): 4, or less without ReLU and max-pool before it
@@ -1129,27 +1120,27 @@ def _resnets(tensors):
             if name.startswith(start) and not name.startswith(inner):
                 top, dot, rest = name[len(start):].partition(".")
                 names[tops.get(top, top) + dot + rest.replace("shortcut.", "downsample.")] = name
-        found.append((start, names))
-    return found
+        yield start, names
 
 
-def _faults(network, wanted):
+def _faults(network):
     """What keeps {torchvision's name: tensor} from being a ResNet-50's backbone, in words."""
+    wanted = _backbone_shapes()
     blocks = tuple(len({n.split(".")[1] for n in network if n.startswith(f"layer{g}.")}) for g in range(1, 5))
-    faults = [f"{blocks} blocks instead of {BLOCK_GROUPS}"] if blocks != BLOCK_GROUPS else []
     missing = [n for n in wanted if n not in network and "num_batches" not in n]  # old files have no counts
     if missing and all(".running_" in name for name in missing):
         return ["no running statistics of the batch norms; save model.state_dict(), which has them"]
+    faults = [f"{blocks} blocks instead of {BLOCK_GROUPS}"] if blocks != BLOCK_GROUPS else []
     faults += [f"no {name}" for name in missing]
     for name, tensor in network.items():
-        shape, small = tuple(tensor.shape), name == "conv1.weight" and tensor.shape == (64, 3, 3, 3)
-        numbers = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-        if name in wanted and shape != wanted[name] and not small:
+        shape, plain = tuple(tensor.shape), tensor.layout == torch.strided and not tensor.is_meta
+        if name not in wanted:  # a head's tensors have other names and at most two dimensions
+            if tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name):
+                faults.append(f"{name} besides")
+        elif shape != wanted[name] and (name, shape) != ("conv1.weight", (64, 3, 3, 3)):
             faults.append(f"{name} {shape} instead of {wanted[name]}")
-        elif name in wanted and "num_batches" not in name and not numbers:
+        elif "num_batches" not in name and not (plain and tensor.is_floating_point()):
             faults.append(f"{name} as {tensor.type()} instead of plain floating-point numbers")
-        elif name not in wanted and (tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name)):
-            faults.append(f"{name} besides")  # a head's tensors have other names and at most two dimensions
     return faults
 
 
@@ -2310,15 +2301,16 @@ class _Progress:
 # ============================================================================================================
 # 11. Figures
 # ============================================================================================================
-# What the four figure scripts share, in the order of use: command line, networks and images, measuring,
-# claims and their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2),
-# `<key>_debiased` the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
+# What the figure scripts share, in the order of use: command line, networks and images, measuring, claims and
+# their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2), `<key>_debiased`
+# the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
 
 LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
           for kind in ("odd", "even")]
 HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
+SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32)
 NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
 PAPER = "checkpoints/paper"  # where the training scripts put the networks of the full study
 FOREIGN = {  # what a state dict does not say about itself: flags for both sides, or --simclr-* for one
@@ -2333,8 +2325,8 @@ def figure_parser(doc):
     """The flags that all figure scripts share."""
     parser = Parser(doc)
     add = parser.add_argument_group("networks").add_argument
-    add("--checkpoints", type=os.path.expanduser, help="folder of "
-        f"*_seed*.pt files (default: {PAPER}, if no files)")
+    add("--checkpoints", type=os.path.expanduser,
+        help=f"folder of *_seed*.pt files (default: {PAPER}, if no files)")
     for method, name in NAMES.items():
         add(f"--{method}", nargs="+", metavar="FILE", type=os.path.expanduser,
             help="in place of the folder's: checkpoints of this study, or state dicts of a ResNet-50")
@@ -2348,8 +2340,10 @@ def figure_parser(doc):
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
     add("--precision", choices=("float32", "tf32", "float16", "bfloat16"),
-        help="of the Gram matrices' products (default: the fastest whose CKA error is below 1e-4)")
-    add("--memory", type=number(float, above=0), help="GB for CKA (default: 80 %% of what is free)")
+        help="of the Gram matrices' products; tf32 and float16 on CUDA only (default: the fastest whose CKA "
+             "error is below 1e-4; below 512 images float32)")
+    add("--memory", type=number(float, above=0),
+        help="GB on the device for CKA, beside a forward pass (default: four fifths of what is free)")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=os.path.expanduser,
         help="folder for .png and .npz (default: figures/<name of the checkpoint folder or files>)")
@@ -2362,12 +2356,6 @@ def figure_parser(doc):
         for method in NAMES:
             group.add_argument(f"--{method}-{flag}", **options | {"help": None})
     return parser
-
-
-def foreign_options(args, method=None):
-    """The flags given for state dicts of both sides, or of one `method`'s alone, by `load_model`'s names."""
-    given = {name: getattr(args, f"{method}_{name}" if method else name) for name in FOREIGN}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def without_ending(path):
@@ -2416,17 +2404,17 @@ def open_study(args, methods):
         raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
                         "--simclr-label and --supervised-label")
     networks = {method: load_networks(args, method, device) for method in methods}
-    settings = [model.settings for models in networks.values() for model in models]
-    both = foreign_options(args)
-    if both and all("preset" in s for s in settings):
-        flag = [*both][0].replace("_", "-")
-        raise UserError(f"--{flag} is for state dicts; checkpoints of this study know theirs: leave it out")
+    together = [model for models in networks.values() for model in models]
+    for side, models in [("", together), *networks.items()]:
+        flags = [f"{side}_{name}".strip("_") for name in FOREIGN]
+        given = [flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
+        if given and all("preset" in model.settings for model in models):
+            raise UserError(f"--{given[0]} is for state dicts; leave it out, these checkpoints know theirs")
+    settings = [model.settings for model in together]
     for name in ("stem", "image_size", "data"):
         values = sorted({str(s[name]) for s in settings if s[name]})
         if len(values) > 1:
             warn(f"networks differ in {name}: {', '.join(values)}")
-    if args.untrained:
-        networks = {m: [untrained(model, i, device) for i, model in enumerate(networks[m])] for m in methods}
     data, path, other_images = figure_data(args, settings, device)
     total = len(data.test_images)
     if args.samples and args.samples > total:
@@ -2447,12 +2435,13 @@ def load_networks(args, method, device):
     if not paths:
         raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
                         f"`python train_{method}.py --out {folder}`")
-    own = foreign_options(args, method)
-    models = [load_model(path, device, method, **foreign_options(args) | own) for path in paths]
-    if own and all("preset" in model.settings for model in models):
-        flag = [*own][0].replace("_", "-")
-        raise UserError(f"--{method}-{flag} is for state dicts; these checkpoints know theirs: leave it out")
-    for path, model in zip(paths, models):
+    options = {}
+    for name in FOREIGN:
+        own = getattr(args, f"{method}_{name}")
+        options[name] = getattr(args, name) if own is None else own
+    models = []
+    for path in paths:
+        model = load_model(path, device, method, **options)
         s = model.settings
         model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"
         if s.get("epoch", 0) < s.get("epochs", 0):
@@ -2461,10 +2450,11 @@ def load_networks(args, method, device):
             warn(f"{path}: not of the backbone and left out: {first_names(s['left_out'])}")
         if s.get("note"):
             print(f"{path}: {s['note']}")
-    seeds = [(model.settings["method"], model.settings["seed"]) for model in models]
-    if not files and (len(set(seeds)) < len(seeds) or {name for name, _ in seeds} != {method}):
-        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt hold {seeds}; expected {method} networks "
-                        "of different seeds; move the others away")
+        models.append(untrained(model, len(models), device) if args.untrained else model)
+    held = {(model.settings["method"], model.settings["seed"]) for model in models}
+    if not files and (len(held) < len(models) or {name for name, _ in held} != {method}):
+        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt are not {method} networks of different "
+                        "seeds; move the others away")
     return models
 
 
@@ -2473,14 +2463,13 @@ def untrained(model, index, device):
 
     Its weights follow from its seed, or from its `index` among the files if it has none.
     """
-    s = model.settings
-    seed = index if s["seed"] is None else s["seed"]
-    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False,
+    s = model.settings | {"epoch": 0, "untrained": True}
+    s["seed"] = index if s["seed"] is None else s["seed"]
+    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), s["seed"], zero_init=False,
                         stem_padding=s.get("stem_padding", 1))
-    if not isinstance(model.fc, ProjectionHead):
-        fresh.fc = nn.Identity()
-    fresh.settings = s | {"seed": seed, "epoch": 0, "untrained": True}
-    fresh.name = f"untrained {model.name}"
+    if isinstance(model.fc, nn.Identity):  # another project's, without head
+        fresh.fc = model.fc
+    fresh.settings, fresh.name = s, f"untrained {model.name}"
     return fresh.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -2491,19 +2480,19 @@ def figure_data(args, settings, device):
     """
     trained = [s for s in settings if s["data"]]
     path = args.data or next((s["data"] for s in trained), "data")
-    data = load_data(path, device, download=args.download)
-    classes, statistics = data.classes, np.array(channel_statistics(data.train_images))
+    data = load_data(path, device, args.download)
+    statistics = np.array(channel_statistics(data.train_images))
     for s in trained:
         theirs = np.array([s["mean"], s["std"]])
-        if s["classes"] == classes and abs(theirs - statistics).max() < 1e-3:
+        if s["classes"] == data.classes and abs(theirs - statistics).max() < 1e-3:
             continue
-        text = "; ".join(f"{where}: {len(names)} classes ({first_names(names, 3)}), mean and deviation of "
-                         f"the channels {numbers.round(3).tolist()}" for where, names, numbers in (
-                             (f"trained on {s['data']}", s["classes"], theirs), (path, classes, statistics)))
+        text = "other images than the training's"
+        for where, classes, numbers in ((s["data"], s["classes"], theirs), (path, data.classes, statistics)):
+            text += (f"; {where}: {len(classes)} classes ({first_names(classes, 3)}), mean and deviation of "
+                     f"the channels {numbers.round(3).tolist()}")
         if not args.data:
-            raise UserError(f"other images than the training's. {text}. Give the right folder with --data, "
-                            f"or --data {path} if you mean these")
-        warn(f"other images than the training's, and the title says so. {text}")
+            raise UserError(f"{text}. Give the right folder with --data, or --data {path} if you mean these")
+        warn(f"{text}. The title says so")
         return data, path, True
     return data, path, False
 
@@ -2522,10 +2511,15 @@ def prepare(model, images, params=None):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def network_source(model, images, layers=range(32), params=None):
-    """A source for `gram_statistics`: the representations of images, or of their copy augmented by `params`.
+def common_layers(models):
+    """Names of the representations that all of the networks have: 32, or 35 with projection heads."""
+    return LAYERS + (HEAD if all(isinstance(model.fc, ProjectionHead) for model in models) else [])
 
-    `layers`, in rising order, are indices among the network's 32 or (with a head) 35.
+
+def network_source(model, images, layers=LAYERS, params=None, note=""):
+    """(names for warnings, source for `gram_statistics`) of the representations `layers` of a network.
+
+    It sees `images`, or their copy augmented by `params`, which the names tell by `note`.
     """
 
     def source(start, stop):
@@ -2533,43 +2527,77 @@ def network_source(model, images, layers=range(32), params=None):
         inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
         stream = stream_representations(model, inputs, any_order=True)
         del inputs  # no generator here: its frame would hold on to each layer
-        return itertools.compress(map(operator.itemgetter(1), stream), (i in layers for i in range(35)))
+        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in LAYERS + HEAD))
 
-    return source
-
-
-def layer_names(models, layers, note=""):
-    """ "<network><note> <layer>" for each layer of each model, in the order of their sources."""
-    return [f"{m.name}{note} {layer}" for m in models for layer in layers]
+    return [f"{model.name}{note} {layer}" for layer in layers], source
 
 
-def measure(study, sources, names):
+def copy_sources(model, images, layers):
+    """`network_source` of two copies of images, augmented as in training, alike for a method's networks."""
+    sources = []
+    for view in (0, 1):
+        generator = generator_for(images.device, "augmented copy", view)
+        shape = len(images), *images.shape[2:], images.device, generator
+        if model.settings["method"] == "simclr":
+            params = simclr_params(*shape, strength=model.settings["strength"])
+        else:
+            params = imagenet_params(*shape)
+        sources.append(network_source(model, images, layers, params, f", copy {view + 1}"))
+    return sources
+
+
+def measure(study, sources):
     """({ending: CKA}, dominance (L,)) as numpy arrays; says which layers are constant or rest on few images.
 
     CKA is (L, L) under the endings "" and "_debiased", (10, L, L) under "_left_out" and "_debiased_left_out".
-    `names`: one per layer of all sources, for the warnings. UserError for features that are not finite.
+    `sources`: as `network_source` gives them, whose names take the place of the engine's numbers. UserError
+    for features that are not finite, too little memory and a precision that the device has not.
     """
-    args = study.args
-    options = {"precision": args.precision, "memory": int(args.memory * 1e9) if args.memory else None}
+    args, (names, functions) = study.args, zip(*sources)
+
+    def named(message):
+        return re.sub(r"(layer \d+ \()?source (\d+), layer (\d+)\)?",
+                      lambda numbers: names[int(numbers[2])][int(numbers[3])], str(message))
+
+    memory = int(args.memory * 1e9) if args.memory else None
     advice = f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"
     with warnings.catch_warnings(record=True) as caught, out_of_memory_advice(advice):
         warnings.simplefilter("always")
         try:
-            found = gram_statistics(sources, len(study.images), batch=args.batch_size, **options)
+            found = gram_statistics(functions, len(study.images), args.precision, memory, args.batch_size)
         except ValueError as error:
-            asked = dict.fromkeys(name.rsplit(" ", 1)[0] for name in names)
-            raise UserError(f"{error} (sources: {', '.join(asked)})") from None
-    for layer in found.constant:
-        warn(f"{names[layer]} is constant over the images: its CKA is undefined (NaN)")
+            raise UserError(named(error)) from None
     for warning in caught:
-        if "constant over samples" not in str(warning.message):
-            warn(re.sub(r"layer (\d+) \(.*?\)", lambda match: names[int(match[1])], str(warning.message)))
+        warn(named(warning.message))
     dominance = found.dominance.numpy()
-    for layer in np.flatnonzero(dominance > 0.5):
-        warn(f"{names[layer]}: 1 % of the images carry {dominance[layer]:.0%} of HSIC(K, K), so of its CKA")
+    few = [f"{name} ({share:.0%})" for name, share in zip(itertools.chain(*names), dominance) if share > 0.5]
+    if few:
+        warn(f"1 % of the images carry most of HSIC(K, K), so of the CKA, of {first_names(few)}")
     cka = {"": found.cka, "_debiased": found.debiased_cka,
            "_left_out": found.left_out.float(), "_debiased_left_out": found.debiased_left_out.float()}
     return {ending: values.numpy() for ending, values in cka.items()}, dominance
+
+
+def seed_pairs(networks):
+    """All pairs of a sequence of networks' indices; of a single one, with itself."""
+    return list(itertools.combinations(networks, 2)) or [(networks[0], networks[0])]
+
+
+def pair_matrices(cka, pairs):
+    """CKA (..., 32 S, 32 S) as (..., P, 32, 32): of each pair, rows the first network, columns the second."""
+    first, second = np.array(pairs).T
+    count = cka.shape[-1] // 32
+    blocks = cka.reshape(*cka.shape[:-2], count, 32, count, 32).swapaxes(-3, -2)
+    return blocks[..., first, second, :, :]
+
+
+def rank_correlation(values):
+    """Spearman's correlation of values (..., n), along the last axis, with 1 to n; ties share a mean rank."""
+    values = np.asarray(values, float)
+    ranks = np.sign(values[..., :, None] - values[..., None, :]).sum(-1)  # twice the rank, from its mean
+    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
+    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
+        return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
 class Quantity(NamedTuple):
@@ -2604,10 +2632,11 @@ class Claim(NamedTuple):
             margin = np.minimum(values - above, below - values)
             if np.isinf(margin).all():
                 continue
-            least, most, doubt = margin.mean(), margin.mean(), margin.std()
+            mean, doubt = margin.mean(), margin.std()
+            low, high = mean - doubt, mean + doubt
             if margin.size < 3:
-                least, most, doubt = margin.min(), margin.max(), 2 * np.nan_to_num(error)
-            low, high = min(least, margin.mean() - doubt), max(most, margin.mean() + doubt)
+                doubt = 2 * np.nan_to_num(error)
+                low, high = min(margin.min(), mean - doubt), max(margin.max(), mean + doubt)
             signs.append(1 if low > 0 else -1 if high < 0 else 0)  # NaN: 0
         return {1: "holds", 0: "undecided", -1: "does not hold"}[min(signs)]
 
@@ -2676,7 +2705,7 @@ def report(args, name, arrays, claims, plot):
     if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
     if arrays["samples"] < 500 and not args.debiased:
-        key = next(key for key in ("pairs", "invariance_simclr", "networks_simclr") if key in arrays)
+        key = next(key for key in arrays if f"{key}_debiased" in arrays)
         biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
         warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
              f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
@@ -2715,16 +2744,31 @@ def new_figure(arrays, title, panels, widths=None):
     return figure, axes
 
 
-def mark_block_groups(ax, per_block=1, head=0, both=False):
-    """Ticks and lines for BG1 to BG4 (and the head), `per_block` layers per bottleneck; on x or both axes."""
-    counts = [per_block * b for b in BLOCK_GROUPS] + ([head] if head else [])
-    ends = np.cumsum(counts)
-    centres, labels = ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(counts)]
-    ax.set_xticks(centres, labels)
+def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):
+    """CKA matrices side by side, first layer at the lower left, colours from 0 to 1, one colour bar."""
+    for ax, matrix, title in zip(axes, matrices, titles):
+        image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        mark_block_groups(ax, len(matrix), both=True)
+    label = "debiased linear CKA" if debiased else "linear CKA"
+    ax.figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
+
+
+def depth_lines(ax, values, color, label, marker="o"):
+    """Mean over networks or pairs of values (S, layers) against depth, in a band of one deviation."""
+    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
+    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
+    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
+
+
+def mark_block_groups(ax, layers, both=False):
+    """Ticks and lines for BG1 to BG4, and a head of 3, on x or both axes of 16, 19, 32 or 35 layers."""
+    counts = [layers // 16 * blocks for blocks in BLOCK_GROUPS] + [3]
+    ends = np.cumsum(counts)[:5 if layers % 16 else 4]
+    centres = ends - np.array(counts[:len(ends)]) / 2 - 0.5
+    labels = ["BG1", "BG2", "BG3", "BG4", "Head"][:len(ends)]
     ax.tick_params(length=0)
-    for end in ends[:-1]:
-        ax.axvline(end - 0.5, color="white" if both else "lightgray", linewidth=0.8, zorder=1)
-    if both:
-        ax.set_yticks(centres, labels)
+    for axis, line in ((ax.xaxis, ax.axvline), (ax.yaxis, ax.axhline))[:2 if both else 1]:
+        axis.set_ticks(centres, labels)
         for end in ends[:-1]:
-            ax.axhline(end - 0.5, color="white", linewidth=0.8)
+            line(end - 0.5, color="white" if both else "lightgray", linewidth=0.8, zorder=1)

@@ -14,34 +14,20 @@ import functools
 
 import numpy as np
 
-from common import (EVEN, GROUP, LAYERS, NAMES, ODD, Claim, Quantity, UserError, figure_parser, layer_names,
-                    mark_block_groups, measure, network_source, new_figure, open_study, replot, report,
-                    save_arrays, user_errors)
+from common import (EVEN, LAYERS, NAMES, ODD, SAME_GROUP, Claim, Quantity, UserError, cka_heatmaps,
+                    figure_parser, measure, network_source, new_figure, open_study, pair_matrices, replot,
+                    report, save_arrays, seed_pairs, user_errors)
 
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
-SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32)
-
-
-def network_blocks(cka, count):
-    """CKA (..., S 32, S 32) of S networks as (..., S, S, 32, 32): [i, j] has rows of i, columns of j."""
-    return cka.reshape(*cka.shape[:-2], count, 32, count, 32).swapaxes(-3, -2)
-
-
-def seed_pairs(blocks):
-    """(..., P, 32, 32): the `network_blocks` of all pairs of networks; of a single one, with itself."""
-    count = blocks.shape[-3]
-    first, second = np.triu_indices(count, 1) if count > 1 else ([0], [0])
-    return blocks[..., first, second, :, :]
 
 
 def compare_seeds(study, models):
     """The arrays of the figure: rows the layers of one seed, columns of another."""
-    cka, dominance = measure(study, [network_source(model, study.images) for model in models],
-                             layer_names(models, LAYERS))
+    cka, dominance = measure(study, [network_source(model, study.images) for model in models])
     arrays = {"layers": np.array(LAYERS), "networks": np.array([model.name for model in models]),
               "dominance": dominance.reshape(-1, 32)}
     for ending, values in cka.items():
-        arrays[f"pairs{ending}"] = seed_pairs(network_blocks(values, len(models)))
+        arrays[f"pairs{ending}"] = pair_matrices(values, seed_pairs(range(len(models))))
     for ending in ("", "_debiased"):
         arrays[f"cka{ending}"] = arrays[f"pairs{ending}"].mean(0)
     return arrays
@@ -52,11 +38,6 @@ def mean_over(matrices, mask):
     return matrices[:, mask].mean(1)
 
 
-def across_groups(pairs):
-    """(P,): mean similarity of layers of different block groups."""
-    return mean_over(pairs, ~SAME_GROUP)
-
-
 def claims(method, arrays):
     """Claims 1a-1c or 4a-4c, each quantity per pair of networks."""
     pairs, name, number = arrays["pairs"], NAMES[method], NUMBERS[method]
@@ -64,7 +45,7 @@ def claims(method, arrays):
     i, j = np.indices((16, 16))
     neighbours = mean_over(even, abs(i - j) == 1) - mean_over(odd, abs(i - j) == 1)
     itself = {kind: mean_over(m, i == j) - mean_over(m, i != j) for kind, m in (("odd", odd), ("even", even))}
-    within = mean_over(pairs, SAME_GROUP & ~np.eye(32, dtype=bool))
+    groups = mean_over(pairs, SAME_GROUP & ~np.eye(32, dtype=bool)) - mean_over(pairs, ~SAME_GROUP)
     return [
         Claim(f"{number}a", f"{name}: neighbouring even layers are similar, odd ones are not",
               [Quantity("neighbours, even - odd", neighbours, above=0)]),
@@ -72,40 +53,21 @@ def claims(method, arrays):
               [Quantity("odd, diagonal - rest", itself["odd"], above=0),
                Quantity("more than even by", itself["odd"] - itself["even"], above=0)]),
         Claim(f"{number}c", f"{name}: similarity is higher within block groups than across",
-              [Quantity("block groups, within - across", within - across_groups(pairs), above=0)])]
-
-
-def cka_heatmap(ax, matrix, title, xlabel, ylabel, per_block=1, head=0):
-    """A CKA matrix, first layer at the lower left, colours from 0 to 1, block groups marked; the image."""
-    image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    mark_block_groups(ax, per_block, head, both=True)
-    return image
-
-
-def add_colorbar(figure, image, axes, debiased):
-    """One bar for all heatmaps of a figure."""
-    label = "debiased linear CKA" if debiased else "linear CKA"
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
-
-
-def plural(count, noun):
-    """ "1 pair", "3 pairs"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+              [Quantity("block groups, within - across", groups, above=0)])]
 
 
 def plot(method, arrays):
     """The three panels, from what the .npz holds."""
-    pairs, networks, label = arrays["pairs"], arrays["networks"], arrays[f"label_{method}"]
-    what = f"{networks[0]} with itself" if len(networks) == 1 else f"mean of {plural(len(pairs), 'pair')}"
+    mean, networks, label = arrays["pairs"].mean(0), arrays["networks"], arrays[f"label_{method}"]
+    count = len(arrays["pairs"])
+    what = f"mean of {count} pair{'' if count == 1 else 's'}"
+    if len(networks) == 1:
+        what = f"{networks[0]} with itself"
     kind = "untrained " if arrays["untrained"] else ""
     figure, axes = new_figure(arrays, f"CKA between layers of {kind}{label} networks: {what}", panels=3)
-    mean = pairs.mean(0)
-    for ax, matrix, layers, per_block in zip(axes, (mean, mean[ODD, ODD], mean[EVEN, EVEN]),
-                                             ("all", "odd", "even"), (2, 1, 1)):
-        axis = f"{label} layer"
-        image = cka_heatmap(ax, matrix, f"{label}, {layers} layers", axis, axis, per_block)
-    add_colorbar(figure, image, axes, arrays["debiased"])
+    titles = [f"{label}, {layers} layers" for layers in ("all", "odd", "even")]
+    cka_heatmaps(axes, [mean, mean[ODD, ODD], mean[EVEN, EVEN]], titles, f"{label} layer", f"{label} layer",
+                 arrays["debiased"])
     return figure
 
 

@@ -12,11 +12,13 @@ debiased CKA, `pairs*_left_out` (10, P, 32, 32) without each tenth of the images
 4d.
 """
 
+import itertools
+
 import numpy as np
 
-from common import (EVEN, GROUP, LAYERS, ODD, Claim, Quantity, figure_parser, layer_names, mark_block_groups,
-                    measure, network_source, new_figure, open_study, replot, report, save_arrays, user_errors)
-from fig1_internal import across_groups, add_colorbar, cka_heatmap, network_blocks, plural, seed_pairs
+from common import (EVEN, GROUP, LAYERS, ODD, SAME_GROUP, Claim, Quantity, cka_heatmaps, depth_lines,
+                    figure_parser, mark_block_groups, measure, network_source, new_figure, open_study,
+                    pair_matrices, replot, report, save_arrays, seed_pairs, user_errors)
 
 METHODS = ["simclr", "supervised"]  # rows and columns
 
@@ -24,21 +26,20 @@ METHODS = ["simclr", "supervised"]  # rows and columns
 def compare_methods(study):
     """The arrays of the figure: rows the layers of a SimCLR network, columns of a supervised one."""
     models = study.networks["simclr"] + study.networks["supervised"]
-    cka, dominance = measure(study, [network_source(model, study.images) for model in models],
-                             layer_names(models, LAYERS))
+    cka, dominance = measure(study, [network_source(model, study.images) for model in models])
     split, dominance = len(study.networks["simclr"]), dominance.reshape(-1, 32)
     arrays = {"layers": np.array(LAYERS), "dominance_simclr": dominance[:split],
               "dominance_supervised": dominance[split:]}
+    simclr, supervised = range(split), range(split, len(models))
     for ending, values in cka.items():
-        blocks = network_blocks(values, len(models))  # (..., S, S, 32, 32)
-        cross = blocks[..., :split, split:, :, :]
-        arrays[f"pairs{ending}"] = cross.reshape(*cross.shape[:-4], -1, 32, 32)
-        arrays[f"pairs_simclr{ending}"] = seed_pairs(blocks[..., :split, :split, :, :])
-        arrays[f"pairs_supervised{ending}"] = seed_pairs(blocks[..., split:, split:, :, :])
+        arrays[f"pairs{ending}"] = pair_matrices(values, list(itertools.product(simclr, supervised)))
+        arrays[f"pairs_simclr{ending}"] = pair_matrices(values, seed_pairs(simclr))
+        arrays[f"pairs_supervised{ending}"] = pair_matrices(values, seed_pairs(supervised))
     for ending in ("", "_debiased"):
         mean = arrays[f"pairs{ending}"].mean(0)
-        drawn = {"odd": mean[ODD, ODD], "even": mean[EVEN, EVEN], "diag": mean[EVEN, EVEN].diagonal(),
-                 "max": np.fmax.reduce(mean[EVEN, EVEN], 1), "argmax": most_similar(mean[EVEN, EVEN])}
+        odd, even = mean[ODD, ODD], mean[EVEN, EVEN]
+        drawn = {"odd": odd, "even": even, "diag": even.diagonal(), "max": np.fmax.reduce(even, 1),
+                 "argmax": most_similar(even)}
         arrays |= {key + ending: values for key, values in drawn.items()}
     return arrays
 
@@ -66,7 +67,7 @@ def claims(arrays):
     stalled = np.where(np.isnan(first).any(1), np.nan, stalled)
     fall3, fall4 = diag_even[:, 7] - diag_even[:, 12], diag_even[:, 12] - diag_even[:, 15]
     both = min(len(arrays[f"pairs_{method}"]) for method in METHODS)  # pairs of seeds that both methods have
-    across = {method: across_groups(arrays[f"pairs_{method}"])[:both] for method in METHODS}
+    across = {method: arrays[f"pairs_{method}"][:both, ~SAME_GROUP].mean(1) for method in METHODS}
     return [
         Claim("2a", "common primitives: odd layers are similar in BG1",
               [Quantity("odd diagonal, BG1 - BG2-4", early - later, above=0)]),
@@ -88,31 +89,25 @@ def claims(arrays):
                         above=0)])]
 
 
-def depth_lines(ax, values, color, label, marker="o"):
-    """Mean over networks or pairs of values (S, layers) against depth, in a band of one deviation."""
-    mean, spread, depth = values.mean(0), values.std(0), np.arange(values.shape[1])
-    ax.plot(depth, mean, color=color, label=label, marker=marker, markersize=3)
-    ax.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.25, linewidth=0)
-
-
 def plot(arrays):
     """The three panels, from what the .npz holds."""
     pairs, rows, columns = arrays["pairs"], arrays["label_simclr"], arrays["label_supervised"]
-    count = f"mean of {plural(len(pairs), 'pair')} of {'untrained ' if arrays['untrained'] else ''}networks"
-    figure, axes = new_figure(arrays, f"CKA between {rows} and {columns} layers: {count}", panels=3)
     mean, even = pairs.mean(0), pairs[:, EVEN, EVEN]
-    for ax, kind, name in zip(axes, (ODD, EVEN), ("odd", "even")):
-        image = cka_heatmap(ax, mean[kind, kind], f"{name} layers", f"{columns} layer", f"{rows} layer")
-    add_colorbar(figure, image, axes[:2], arrays["debiased"])
+    count = f"mean of {len(pairs)} pair{'' if len(pairs) == 1 else 's'}"
+    kind = "untrained " if arrays["untrained"] else ""
+    title = f"CKA between {rows} and {columns} layers: {count} of {kind}networks"
+    figure, axes = new_figure(arrays, title, panels=3)
+    cka_heatmaps(axes[:2], [mean[ODD, ODD], mean[EVEN, EVEN]], ["odd layers", "even layers"],
+                 f"{columns} layer", f"{rows} layer", arrays["debiased"])
     dots = most_similar(mean[EVEN, EVEN])
     axes[1].plot(dots, np.arange(16), "o", color="white", markeredgecolor="black", markersize=5)
     diagonal = even.diagonal(axis1=1, axis2=2)
     at_dots = even[:, np.arange(16), np.nan_to_num(dots).astype(int)]  # a row without a dot is NaN everywhere
     depth_lines(axes[2], diagonal, "tab:green", "diag")
     depth_lines(axes[2], at_dots, "tab:red", "max", marker="s")
-    mark_block_groups(axes[2])
+    mark_block_groups(axes[2], 16)
     axes[2].set(title=f"{rows} even layers", xlabel=f"{rows} layer", ylabel=f"CKA with {columns} layer",
-                ylim=(min(0, np.fmin.reduce(diagonal, axis=None)), 1))  # debiased CKA may be negative
+                ylim=(min(0, axes[2].dataLim.y0), 1))  # debiased CKA may be negative
     axes[2].legend(loc="lower left")
     return figure
 

@@ -11,26 +11,19 @@ Writes fig3.*: `probe_*`, `invariance_*`, `class_cka_*` (S, 19) for simclr and (
 tenth of the images. Judges claims 3a-3h.
 """
 
+import collections
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (NAMES, Claim, Quantity, UserError, figure_parser, generator_for, layer_names,
-                    mark_block_groups, measure, network_source, new_figure, number, open_study,
-                    out_of_memory_advice, replot, report, save_arrays, user_errors)
-from fig2_cross import depth_lines
-from fig5_aug_heatmaps import copy_params, layers_of, rank_correlation
+from common import (NAMES, Claim, Quantity, UserError, common_layers, copy_sources, depth_lines,
+                    figure_parser, generator_for, mark_block_groups, measure, network_source, new_figure,
+                    number, open_study, out_of_memory_advice, rank_correlation, replot, report, save_arrays,
+                    user_errors)
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
-COLORS = {"simclr": "tab:blue", "supervised": "tab:orange"}
-
-
-def shown_layers(models):
-    """Indices among the networks' representations of the even layers and the head's, and their names."""
-    found = layers_of(models)
-    indices = [i for i, name in enumerate(found) if not name.endswith("odd")]
-    return indices, [found[i] for i in indices]
 
 
 class Probe(nn.Module):
@@ -62,44 +55,47 @@ class Probe(nn.Module):
 
 def batch_statistics(pieces):
     """[(mean, variance)] (p,) per layer over a batch; pieces: size and generator of layers, of each."""
-    found, seen = [], 0
+    found, seen = collections.defaultdict(lambda: (0.0, 0.0)), 0
     for n, layers in pieces:
+        share = n / (seen + n)
         for i, x in enumerate(layers):
             variance, mean = torch.var_mean(x, 0, correction=0)
-            if seen:
-                old_mean, old_variance = found[i]
-                share, step = n / (seen + n), mean - old_mean
-                mean = old_mean + share * step
-                variance = old_variance + share * (variance - old_variance) + share * (1 - share) * step ** 2
-                found[i] = mean, variance
-            else:
-                found.append((mean, variance))
+            old_mean, old_variance = found[i]
+            step = mean - old_mean
+            found[i] = (old_mean + share * step, old_variance + share * (variance - old_variance)
+                        + share * (1 - share) * step ** 2)
         seen += n
-    return found
+    return list(found.values())
 
 
-def train_probes(study, source, images, widths):
-    """A `Probe` per layer, trained on `images` of the training set; source: (images) -> generator of layers.
+def probe_accuracies(study, model, layers):
+    """(layers,) test accuracies of linear probes, all trained together on one frozen network.
 
-    Layer by layer the features are computed, used and let go. A batch larger than --batch-size comes in
-    pieces, and twice: first for its statistics, then for the gradient, which is the whole batch's.
+    A batch larger than --batch-size comes in pieces, and twice: first for its statistics, then for the
+    gradient, which is the whole batch's.
     """
     args, data, device = study.args, study.data, study.images.device
-    probes = nn.ModuleList(Probe(p, len(data.classes)) for p in widths).to(device)
+    images = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
+    images = images[:args.probe_images]
     batch = min(PROBE_BATCH, len(images))
     steps = len(images) // batch
+
+    def features(some_images):  # computed, used and let go layer by layer
+        return network_source(model, some_images, layers)[1](0, len(some_images))
+
+    probes = nn.ModuleList(Probe(x.shape[1], len(data.classes)) for x in features(data.train_images[:1]))
+    probes.to(device)
     optimizer = torch.optim.SGD(probes.parameters(), PROBE_RATE, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.probe_epochs * steps)
     for epoch in range(args.probe_epochs):
         order = torch.randperm(len(images), generator=generator_for("cpu", "probes", epoch))
         for rows in images[order][:steps * batch].to(device).split(batch):
-            pieces = rows.split(args.batch_size)
-            whole = None
+            pieces, whole = rows.split(args.batch_size), None
             if len(pieces) > 1:
-                whole = batch_statistics((len(some), source(data.train_images[some])) for some in pieces)
+                whole = batch_statistics((len(some), features(data.train_images[some])) for some in pieces)
             for some in pieces:
-                for i, x in enumerate(source(data.train_images[some])):
-                    mean, variance = whole[i] if whole else torch.var_mean(x, 0, correction=0)[::-1]
+                for i, x in enumerate(features(data.train_images[some])):
+                    mean, variance = whole[i] if whole else batch_statistics([(batch, [x])])[0]
                     logits = probes[i](x, mean, variance)
                     loss = F.cross_entropy(logits, data.train_labels[some], reduction="sum") / batch
                     loss.backward()  # into this probe only: representations carry no graph
@@ -108,58 +104,32 @@ def train_probes(study, source, images, widths):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    return probes
-
-
-def probe_accuracies(study, model, layers):
-    """(layers,) test accuracies of linear probes, all trained together on one frozen network."""
-    args, data = study.args, study.data
-    total = len(data.train_images)
-    images = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:args.probe_images or total]
-
-    def source(some_images):
-        return network_source(model, some_images, layers)(0, len(some_images))
-
-    right = torch.zeros(len(layers), device=study.images.device)
-    with out_of_memory_advice(f"--batch-size {args.batch_size}: lower it"):
-        widths = [x.shape[1] for x in source(data.train_images[:1])]
-        probes = train_probes(study, source, images, widths)
-        for rows in torch.arange(len(study.images), device=study.images.device).split(args.batch_size):
-            for i, x in enumerate(source(study.images[rows])):
-                with torch.no_grad():
-                    right[i] += (probes[i](x).argmax(1) == study.labels[rows]).sum()
+    right = torch.zeros(len(layers), device=device)
+    for some, labels in zip(study.images.split(args.batch_size), study.labels.split(args.batch_size)):
+        for i, x in enumerate(features(some)):
+            right[i] += (probes[i](x).argmax(1) == labels).sum()
     return right.cpu().numpy() / len(study.images)
 
 
-def cka_profiles(study, model, layers, names):
-    """({(key, ending): (layers,) or (10, layers)}, dominance (layers,)) of one network, all in one pass.
-
-    Invariance compares two augmented copies; class CKA and dominance are those of the plain images.
-    """
-    one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
-    n, images, profiles = len(layers), study.images, {}
-    params = [copy_params(model, images, 0), copy_params(model, images, 1), None]
-    sources = [network_source(model, images, layers, some) for some in params]
-    copies = ", first copy", ", second copy", ""
-    labels = [name for copy in copies for name in layer_names([model], names, copy)]
-    cka, dominance = measure(study, [*sources, lambda start, stop: [one_hot[start:stop]]],
-                             [*labels, "the classes (one-hot)"])
-    for ending, values in cka.items():
-        profiles["invariance", ending] = values[..., :n, n:2 * n].diagonal(axis1=-2, axis2=-1)
-        profiles["class_cka", ending] = values[..., 2 * n:3 * n, -1]
-    return profiles, dominance[2 * n:3 * n]
-
-
 def measure_method(study, method):
-    """The arrays of one method's networks."""
-    models = study.networks[method]
-    layers, names = shown_layers(models)
-    profiles, dominance = zip(*[cka_profiles(study, model, layers, names) for model in models])
-    arrays = {f"{key}_{method}{ending}": np.stack([some[key, ending] for some in profiles], -2)
-              for key, ending in profiles[0]}
-    probes = np.stack([probe_accuracies(study, model, layers) for model in models])
-    return arrays | {f"probe_{method}": probes, f"layers_{method}": np.array(names),
-                     f"dominance_{method}": np.stack(dominance)}
+    """The arrays of one method's networks: invariance of two augmented copies, the rest of plain images."""
+    models, images = study.networks[method], study.images
+    layers = [name for name in common_layers(models) if not name.endswith("odd")]
+    one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
+    classes = ["the classes (one-hot)"], lambda start, stop: [one_hot[start:stop]]
+    n, found = len(layers), collections.defaultdict(list)
+    for model in models:
+        sources = *copy_sources(model, images, layers), network_source(model, images, layers), classes
+        cka, dominance = measure(study, sources)
+        for ending, values in cka.items():
+            invariance = values[..., :n, n:2 * n].diagonal(axis1=-2, axis2=-1)
+            found[f"invariance_{method}{ending}"].append(invariance)
+            found[f"class_cka_{method}{ending}"].append(values[..., 2 * n:3 * n, -1])
+        found[f"dominance_{method}"].append(dominance[2 * n:3 * n])
+        with out_of_memory_advice(f"--batch-size {study.args.batch_size}: lower it"):
+            found[f"probe_{method}"].append(probe_accuracies(study, model, layers))
+    arrays = {key: np.stack(values, -2) for key, values in found.items()}
+    return arrays | {f"layers_{method}": np.array(layers)}
 
 
 def rises(arrays, key, tolerance):
@@ -177,19 +147,14 @@ def claims(arrays):
     """Claims 3a-3h, per network; methods are compared seed by seed. Indices count from 0."""
     simclr, supervised = arrays["invariance_simclr"], arrays["invariance_supervised"]
     seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
-    gain = {m: arrays[f"class_cka_{m}"][:seeds, 15] - arrays[f"class_cka_{m}"][:seeds, 12] for m in NAMES}
-    ahead = simclr[:seeds, :16] - supervised[:seeds]  # of SimCLR in invariance
-    late = simclr[:, 13:].mean(1) - simclr[:, :13].mean(1)
-    has_head = head.shape[1] > 0  # networks from other projects come without
+    ahead = simclr[:seeds, :16] - supervised[:seeds, :16]  # of SimCLR in invariance
+    classes = arrays["class_cka_supervised"][:seeds, :16] - arrays["class_cka_simclr"][:seeds, :16]
     end = [Quantity("invariance at even 16, SimCLR - supervised", ahead[:, 15], above=0)]
-    if has_head:
-        at_head = simclr[:seeds, 18] - supervised[:seeds, 15]
-        end.append(Quantity("at head.3, SimCLR - supervised even 16", at_head, above=0))
     found = [
         Claim("3a", "linear separability rises monotonically", rises(arrays, "probe", 0.005)),
         Claim("3b", "SimCLR grows more invariant with depth, most in the last layers",
               [Quantity("SimCLR invariance, rank correlation", rank_correlation(simclr), above=0),
-               Quantity(f"BG4{' and head' if has_head else ''} - BG1-3", late, above=0)]),
+               Quantity("BG4 and later - BG1-3", simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), above=0)]),
         Claim("3c", "supervision starts similar under its weaker augmentations",
               [Quantity("invariance at even 1, supervised - SimCLR", -ahead[:, 0], above=0)]),
         Claim("3d", "supervision then diverges until BG4, with a small increase there",
@@ -199,8 +164,10 @@ def claims(arrays):
         Claim("3f", "CKA with the classes rises monotonically", rises(arrays, "class_cka", 0.01)),
         Claim("3g", "supervision accelerates towards the classes in BG4",
               [Quantity("gain in class CKA from even 13 to 16, supervised - SimCLR",
-                        gain["supervised"] - gain["simclr"], above=0)])]
-    if has_head:
+                        classes[:, 15] - classes[:, 12], above=0)])]
+    if head.shape[1]:  # networks from other projects come without
+        end.append(Quantity("at head.3, SimCLR - supervised even 16",
+                            simclr[:seeds, 18] - supervised[:seeds, 15], above=0))
         found.append(Claim("3h", "class CKA decreases after the head's first layer",
                            [Quantity("SimCLR class CKA, head.1 - 2", head[:, 0] - head[:, 1], above=0),
                             Quantity("head.1 - 3", head[:, 0] - head[:, 2], above=0)]))
@@ -219,13 +186,11 @@ def plot(arrays):
               ("class_cka", "Alignment with the classes", f"{cka} with the classes"))
     width = max(arrays[f"probe_{method}"].shape[1] for method in NAMES)
     for ax, (key, title, label) in zip(axes, panels):
-        lowest = 0
-        for method in NAMES:
-            values = arrays[f"{key}_{method}"]
-            lowest = min(lowest, np.fmin.reduce(values, axis=None))  # debiased CKA may be negative
-            depth_lines(ax, values, COLORS[method], str(arrays[f"label_{method}"]))
-        mark_block_groups(ax, head=width - 16)
-        ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5), ylim=(lowest, 1))
+        for method, color in zip(NAMES, ("tab:blue", "tab:orange")):
+            depth_lines(ax, arrays[f"{key}_{method}"], color, str(arrays[f"label_{method}"]))
+        mark_block_groups(ax, width)
+        ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5),
+               ylim=(min(0, ax.dataLim.y0), 1))  # debiased CKA may be negative
     axes[0].legend(loc="upper left")
     return figure
 
@@ -240,9 +205,8 @@ def main():
     if args.replot:
         return replot(args, "fig3", claims, plot)
     study = open_study(args, list(NAMES))
-    needed, total = args.probe_images or 2, len(study.data.train_images)
-    if needed > total:
-        raise UserError(f"--probe-images {needed}: the training set has {total}")
+    if len(study.data.train_images) < (args.probe_images or 2):
+        raise UserError(f"--probe-images {args.probe_images or 2}: the training set has fewer images")
     arrays = measure_method(study, "simclr") | measure_method(study, "supervised")
     report(args, "fig3", save_arrays(study, "fig3", arrays), claims, plot)
 

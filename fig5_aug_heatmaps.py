@@ -12,38 +12,19 @@ Judges claims 5a-5c.
 
 import numpy as np
 
-from common import (HEAD, LAYERS, Claim, ProjectionHead, Quantity, figure_parser, generator_for,
-                    imagenet_params, layer_names, measure, network_source, new_figure, open_study, replot,
-                    report, save_arrays, simclr_params, user_errors)
-from fig1_internal import add_colorbar, cka_heatmap
+from common import (Claim, Quantity, cka_heatmaps, common_layers, copy_sources, figure_parser, measure,
+                    new_figure, open_study, rank_correlation, replot, report, save_arrays, user_errors)
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
 
-def layers_of(models):
-    """Names of the representations that all of a method's networks have: 32, or 35 with projection heads."""
-    return LAYERS + (HEAD if all(isinstance(m.fc, ProjectionHead) for m in models) else [])
-
-
-def copy_params(model, images, view):
-    """Training augmentation parameters for copy `view` (0 or 1), the same for all networks of a method."""
-    generator = generator_for(images.device, "augmented copy", view)
-    shape = len(images), *images.shape[2:], images.device, generator
-    if model.settings["method"] == "simclr":
-        return simclr_params(*shape, strength=model.settings["strength"])
-    return imagenet_params(*shape)
-
-
 def compare_copies(study, method):
     """The arrays of one panel: rows the layers for the first copy of the images, columns for the second."""
-    models, images = study.networks[method], study.images
-    layers = layers_of(models)
+    models = study.networks[method]
+    layers = common_layers(models)
     n, matrices, dominances = len(layers), {}, []
     for model in models:
-        names = [name for copy in (1, 2) for name in layer_names([model], layers, f", copy {copy}")]
-        params = [copy_params(model, images, view) for view in (0, 1)]
-        sources = [network_source(model, images, range(n), some) for some in params]
-        cka, dominance = measure(study, sources, names)
+        cka, dominance = measure(study, copy_sources(model, study.images, layers))
         for ending, values in cka.items():
             matrices.setdefault(ending, []).append(values[..., :n, n:])
         dominances.append(dominance.reshape(2, n).max(0))
@@ -54,30 +35,17 @@ def compare_copies(study, method):
     return arrays
 
 
-def rank_correlation(values):
-    """Spearman's correlation of values (..., n), along the last axis, with 1 to n; ties share a mean rank."""
-    values = np.asarray(values, float)
-    below = values[..., :, None] > values[..., None, :]
-    ranks = below.sum(-1) - below.sum(-2)  # twice the rank, from its mean
-    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
-    with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
-        found = (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
-    return np.where(np.isnan(values).any(-1), np.nan, found)
-
-
 def claims(arrays):
     """Claims 5a-5c, each quantity per network."""
     supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
-    has_head = simclr.shape[1] > 32  # networks from other projects come without
-    late = "BG4 and head" if has_head else "BG4"
     found = [
         Claim("5a", "supervised invariance fades gradually from the first layers",
               [Quantity("supervised diagonal, rank correlation with depth, BG1-3",
                         rank_correlation(supervised[:, :26]), below=0)]),
         Claim("5c", "robustness is limited up to the last few layers",
-              [Quantity(f"SimCLR diagonal, {late} - BG1-3", simclr[:, 26:].mean(1) - simclr[:, :26].mean(1),
-                        above=0)])]
-    if has_head:
+              [Quantity("SimCLR diagonal, BG4 and later - BG1-3",
+                        simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), above=0)])]
+    if simclr.shape[1] > 32:  # networks from other projects come without a head
         head = Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)
         found.insert(1, Claim("5b", "SimCLR's head learns substantial but not total invariance", [head]))
     return found
@@ -88,11 +56,10 @@ def plot(arrays):
     figure, axes = new_figure(arrays, "CKA between two augmented copies of the test set", panels=2,
                               widths=[len(arrays[method]) for method in METHODS])
     kind = "untrained " if arrays["untrained"] else ""
-    for ax, method in zip(axes, METHODS):
-        title = f"{kind}{arrays[f'label_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
-        image = cka_heatmap(ax, arrays[method], title, "layer, second copy", "layer, first copy", per_block=2,
-                            head=len(arrays[method]) - 32)
-    add_colorbar(figure, image, axes, arrays["debiased"])
+    titles = [f"{kind}{arrays[f'label_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
+              for method in METHODS]
+    cka_heatmaps(axes, [arrays[method] for method in METHODS], titles, "layer, second copy",
+                 "layer, first copy", arrays["debiased"])
     return figure
 
 
