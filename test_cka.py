@@ -60,7 +60,6 @@ import train_supervised
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each other more than they work
 HERE = Path(__file__).resolve().parent
-CHILD = {"cwd": HERE, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}  # of other processes
 SEED = int(os.environ.get("TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
 DEVICES = [torch.device("cpu")]
 DEVICES += [torch.device(name) for name in ("cuda", "mps") if getattr(torch, name).is_available()]
@@ -134,7 +133,9 @@ def quietly(function, *args, **options):
 def in_new_process(program):
     """(output, errors) of statements that call this file `t`, in an interpreter that has done nothing yet."""
     program = f"import test_cka as t\nt.SEED = {SEED}\n{program}"
-    done = subprocess.run([sys.executable, "-c", program], **CHILD, capture_output=True, timeout=300)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=one_thread, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-600:]
     return done.stdout, done.stderr
 
@@ -410,25 +411,23 @@ def test_cka_same_memory():
 
 def test_cka_planner():
     """Passes at the paper's numbers, and those really made, counted in samples that a source is asked for."""
-    layers = [802_816] + [(11_040_000 - 802_816) // 31] * 31  # Figure 2 at 224 px: six networks
-    for memory, most in ((64e9, 4), (20e9, 8)):
-        blocks = common.plan([layers] * 6, 10_000, memory)
-        assert blocks == 1 or blocks + 1 <= most, f"{memory:g} bytes: {blocks} blocks"
-    assert common.plan([[300, 400], [200]], 1000, 1e9) == 0, "fewer features than samples"
-    m, asked, widths = 320, [], [16_384] * 6 + [8192] * 8 + [4096] * 12 + [2048] * 6  # a ResNet-50 at 32 px
-    base = torch.randn(m, 16_384, generator=rng())
+    large = [802_816] + [(11_040_000 - 802_816) // 31] * 31  # Figure 2 at 224 px: six networks
+    small = [16_384] * 6 + [8192] * 8 + [4096] * 12 + [2048] * 6  # 32 px: two
+    for widths, networks, m, batch, memory, most in (
+            (large, 6, 10_000, 128, 64e9, 4), (large, 6, 10_000, 128, 20e9, 8), (small, 2, 320, 16, 56e6, 3),
+            (small, 2, 320, 16, 17.5e6, 6), ([300, 400], 1, 1000, 128, 1e9, 0)):
+        blocks = common.plan([widths] * networks, m, memory, batch)
+        assert blocks + (blocks > 1) <= most, f"{memory:g} bytes: {blocks} blocks"
+    base, asked = torch.randn(320, 16_384, generator=rng()), []
 
     def network(factor, start, stop):
         asked.append(stop - start)
-        for p in widths:
+        for p in small:
             yield base[start:stop, :p] * factor
 
-    for memory, most in ((56e6, 3.1), (17.5e6, 6.1)):
-        asked.clear()
-        sources = [functools.partial(network, factor) for factor in (0.5, 2)]
-        common.cka_matrix(sources, m, memory=memory, batch=16)
-        passes = sum(asked) / (2 * m)
-        assert passes <= most, f"memory {memory}: each sample was asked for {passes} times"
+    sources = [functools.partial(network, factor) for factor in (0.5, 2)]
+    common.cka_matrix(sources, 320, memory=17.5e6, batch=16)
+    assert sum(asked) <= 6.1 * 640, f"each sample was asked for {sum(asked) / 640} times"
 
 
 def memory_in_use():
@@ -670,7 +669,7 @@ def test_representations_by_hand():
 
 
 def test_representations_head_and_stems():
-    """35 with a projection head, recomputed by hand; the shapes that the stems and their padding give."""
+    """35 with a projection head, by hand; shapes by stem and padding; weights by method and seed alone."""
     images = torch.rand(2, 3, 16, 16, generator=rng())
     model = common.build_model("simclr", "cifar", zero_init=False).eval()
     found = common.representations(model, images)
@@ -687,6 +686,12 @@ def test_representations_head_and_stems():
     for network, side in ((plain, 4), (common.build_model("simclr", "cifar", stem_padding=2), 18)):
         _, found = next(common.stream_representations(network.eval(), images))
         assert found.shape == (2, 256 * side * side)
+    state = torch.random.get_rng_state()
+    a, again, other_seed, other_method = (
+        common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight
+        for method, seed in (("supervised", 4), ("supervised", 4), ("supervised", 5), ("simclr", 4)))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(a, again) and not torch.equal(a, other_seed) and not torch.equal(a, other_method)
 
 
 def test_representations_lets_go():
@@ -725,16 +730,6 @@ def test_representations_refuses():
                         models.resnet34()):
             with raises(TypeError, "ResNet-50"):
                 common.representations(network, torch.rand(1, 3, 32, 32))
-
-
-def test_model_seed():
-    """Weights are a function of method and seed alone, and leave torch's own random state as it was."""
-    state = torch.random.get_rng_state()
-    a, again, other_seed, other_method = (
-        common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight
-        for method, seed in (("supervised", 4), ("supervised", 4), ("supervised", 5), ("simclr", 4)))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(a, again) and not torch.equal(a, other_seed) and not torch.equal(a, other_method)
 
 
 # ============================================================================================================
@@ -938,7 +933,7 @@ def write_images(folder, g, classes=("ant", "bee", "cat", "dog"), train=10, test
 
 
 def test_data_synthetic():
-    """The same for the same seed, all classes, train and test disjoint; colour does not give it away."""
+    """Disjoint, by the seed, with colours that give nothing away; means and deviations equal numpy's."""
     images, again, other = (common.synthetic_images(50, seed)[0] for seed in (3, 3, 4))
     assert torch.equal(images, again) and not torch.equal(images, other)
     data = common.load_data("synthetic", DEVICES[-1])
@@ -953,15 +948,11 @@ def test_data_synthetic():
     means = torch.stack([train[data[1] == label].mean(0) for label in range(10)])
     guess = torch.cdist(test, means).argmin(1)
     assert (guess == data[3]).double().mean() < 0.2, "the mean colour gives the class away"
-
-
-def test_data_channel_statistics():
-    """Mean and deviation per channel equal numpy's in float64; a flat channel does not divide by zero."""
-    images = some_images(rng(), 20, 15, 9)
-    images[:, 2] = 77
-    pixels = images.numpy().astype(np.float64) / 255
+    flat_images = some_images(rng(), 20, 15, 9)
+    flat_images[:, 2] = 77
+    pixels = flat_images.numpy().astype(np.float64) / 255
     for device in DEVICES:
-        mean, std = common.channel_statistics(images.to(device))
+        mean, std = common.channel_statistics(flat_images.to(device))
         assert_close(mean, pixels.mean((0, 2, 3)), 1e-12, f"{device}, mean")
         assert_close(std[:2], pixels.std((0, 2, 3))[:2], 1e-12, f"{device}, deviation")
         assert std[2] > 0
@@ -1502,52 +1493,41 @@ def test_write_atomically():
             assert torch.load(path) == name and os.listdir(folder) == ["x.pt"]
 
 
-def test_scripts_killed():
-    """SIGKILL after the first checkpoint: the same command resumes and ends in the same bits."""
-    tiny_checkpoints()
-    with temporary_folder() as folder:
-        path, flags = folder / "simclr_seed0.pt", flags_for("simclr", folder, "--seeds", 0)
-        process = subprocess.Popen([sys.executable, "train_simclr.py", *map(str, flags)], **CHILD,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while not path.exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.kill()
-        _, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"ended by itself, {process.returncode}: {err[-300:]}"
-        (folder / "simclr_seed0.pt.elsewhere-1.tmp").write_bytes(b"left over")
-        with open(folder / "simclr_seed0.jsonl", "ab") as log:
-            log.write(b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo')
-        code, out, err = run_script("train_simclr.py", *flags)
-        assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
-        assert_identical(path, tiny_checkpoints() / path.name)
-        assert log_of(path) and not list(folder.glob("*.tmp")), "the leftover temporary file is still there"
+def test_scripts_resumed():
+    """Signals and a crash, in an epoch and at its end: the same command goes on and ends in the same bits.
 
-
-def test_scripts_signals():
-    """SIGINT in an epoch and SIGTERM at its end save and exit within the step; resumed, the bits are the
-    same. The checkpoint is one of an older version: a setting is missing, the path of the data relative."""
-    def signalled(run, *results, count=common.Run.count):
+    On the way the checkpoint becomes one of an older version, its log is cut short and a file is left over.
+    """
+    def stopped(run, *results, count=common.Run.count):
+        if run.step == at and number == 0:
+            raise SystemExit(128)  # a crash: nothing is saved
         if run.step == at:
             os.kill(os.getpid(), number)
         count(run, *results)
 
-    with temporary_folder() as folder:
-        path, flags = folder / "supervised_seed0.pt", flags_for("supervised", folder, "--seeds", 0)
-        for at, number, words in ((0, signal.SIGINT, "step 1 of 3"), (1, signal.SIGTERM, "step 2 of 3")):
-            handler = signal.getsignal(number)
-            with mock.patch.object(common.Run, "count", signalled):
-                code, out, err = run_script("train_supervised.py", *flags)
-            assert code == 128 + number and words in out, f"exit code {code}: {out[-300:]} {err[-300:]}"
-            assert signal.getsignal(number) == handler
-            assert torch.load(path, weights_only=True)["step"] == at + 1
-        older = torch.load(path, weights_only=True)
-        older["settings"]["data"] = "data"
-        del older["settings"]["train_images"]
-        torch.save(older, path)
-        code, out, _ = run_script("train_supervised.py", *flags)
-        assert code == 0 and "resumed after epoch 1" in out
-        assert_identical(path, tiny_checkpoints() / path.name)
-        assert log_of(path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for method, stops in (("simclr", ((0, signal.SIGINT, "step 1 of 3"), (2, 0, "epoch 1/2"))),
+                          ("supervised", ((1, signal.SIGTERM, "step 2 of 3"),))):
+        with temporary_folder() as folder:
+            path, script = folder / f"{method}_seed0.pt", f"train_{method}.py"
+            flags = flags_for(method, folder, "--seeds", 0)
+            for at, number, words in stops:
+                with mock.patch.object(common.Run, "count", stopped):
+                    code, out, err = run_script(script, *flags)
+                assert code == 128 + number and words in out, f"exit code {code}: {out[-300:]} {err[-300:]}"
+                older = torch.load(path, weights_only=True)
+                assert older["step"] == at + (number > 0)
+            older["settings"]["data"] = "data"
+            del older["settings"]["train_images"]
+            torch.save(older, path)
+            path.with_name(f"{path.name}.elsewhere-1.tmp").write_bytes(b"left over")
+            with open(path.with_suffix(".jsonl"), "ab") as log:
+                log.write(b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo')
+            code, out, err = run_script(script, *flags)
+            assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
+            assert_identical(path, tiny_checkpoints() / path.name)
+            assert log_of(path) and not list(folder.glob("*.tmp")), "the left-over file is still there"
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_scripts_again():
@@ -1831,7 +1811,7 @@ def test_figures_values():
 
 
 def test_figures_shapes():
-    """Figure 3 has a row per seed and a column per layer; its invariance is the even diagonal of Figure 5."""
+    """Figure 3's rows and columns, its invariance in Figure 5; --untrained: other weights, the same ones."""
     three, five = (tiny_figures()[1][name] for name in ("fig3", "fig5"))
     for method, layers in (("simclr", 35), ("supervised", 32)):
         shown = [*range(1, 32, 2), *range(32, layers)]
@@ -1843,6 +1823,12 @@ def test_figures_shapes():
             assert_close(three[f"invariance_{method}{ending}"], diagonals, 1e-4, method + ending)
         assert five[method].diagonal().min() < 0.999, "the two copies are the same images"
         assert five[method].shape == (layers, layers) == (len(five[f"layers_{method}"]), layers)
+    with temporary_folder() as folder:
+        flags = ["--checkpoints", tiny_checkpoints(), "--untrained"]
+        (first, _, err), (second, _, _) = (draw("fig1", folder, *flags) for _ in range(2))
+        assert "constant" not in err and first["untrained"] and '"epoch": 0' in str(first["settings"])
+        assert np.isfinite(first["pairs"]).all() and (first["pairs"] == second["pairs"]).all()
+        assert abs(first["pairs"] - tiny_figures()[1]["fig1"]["pairs"]).max() > 0.01
 
 
 def test_figures_replot():
@@ -1916,16 +1902,6 @@ def test_figures_refused():
         assert found["other_images"] and found["data"] == str(other) and "other images" in err
         assert "itself" in out
         assert_close(found["cka"].diagonal(), torch.ones(32), 1e-6, "CKA of a layer with itself")
-
-
-def test_figures_untrained():
-    """--untrained: other weights than the checkpoints', the same at every call, no layer constant."""
-    with temporary_folder() as folder:
-        flags = ["--checkpoints", tiny_checkpoints(), "--untrained"]
-        (first, _, err), (second, _, _) = (draw("fig1", folder, *flags) for _ in range(2))
-        assert "constant" not in err and first["untrained"] and '"epoch": 0' in str(first["settings"])
-        assert np.isfinite(first["pairs"]).all() and (first["pairs"] == second["pairs"]).all()
-        assert abs(first["pairs"] - tiny_figures()[1]["fig1"]["pairs"]).max() > 0.01
 
 
 def test_figures_probes():
