@@ -66,9 +66,10 @@ DEVICES += [torch.device(name) for name in ("cuda", "mps") if getattr(torch, nam
 
 
 def rng():
-    """A generator with this run's seed; every check starts its own, so that it can be repeated alone."""
+    """A generator with this run's seed, and a new start of torch's own: every check can be repeated alone."""
     if "pytest" in sys.modules:
         print(f"TEST_SEED={SEED}")  # pytest shows it beside a failure
+    torch.manual_seed(SEED + 1)
     return torch.Generator().manual_seed(SEED)
 
 
@@ -392,7 +393,7 @@ def test_cka_refused():
 
 def test_cka_same_memory():
     """A layer that the network overwrites afterwards, as torchvision's ResNets do, is named with its twin."""
-    model, images = torchvision.models.resnet50().eval(), torch.rand(6, 3, 8, 8, generator=rng())
+    images, model = torch.rand(6, 3, 8, 8, generator=rng()), torchvision.models.resnet50().eval()
 
     def hooked(start, stop, modules, clone):
         features = []
@@ -822,7 +823,7 @@ def test_loss_and_lars_errors():
 
 
 def test_warmup_cosine():
-    """0, 1 and 0 at the ends, linear then cosine in between, 1 at once without warmup, 0 beyond the end."""
+    """Linear, then a cosine; 1 at once without warmup, 0 beyond the end."""
     for step in range(51):
         want = step / 10 if step <= 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 40))
         assert abs(common.warmup_cosine(step, 50, 10) - want) < 1e-12, f"step {step}"
@@ -892,13 +893,13 @@ def test_augment_values():
 
 def test_augment_distribution():
     """Crops and flips follow torchvision's RandomResizedCrop, colours the ranges of SimCLR's App. A."""
-    torch.manual_seed(SEED)
+    g = rng()
     measures = {"top": lambda t, l, h, w: t, "left": lambda t, l, h, w: l, "bottom": lambda t, l, h, w: t + h,
                 "area": lambda t, l, h, w: h * w, "aspect": lambda t, l, h, w: np.log(w / h)}
     for height, width, draws in ((32, 32, 6000), (64, 24, 2000), (200, 10, 500)):
         image, crop = torch.zeros(3, height, width), torchvision.transforms.RandomResizedCrop
         reference = [crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(draws)]
-        params = common.imagenet_params(40000, height, width, "cpu", rng())
+        params = common.imagenet_params(40000, height, width, "cpu", g)
         boxes = params["box"].numpy().astype(float)
         assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
         for name, measure in measures.items():
@@ -906,7 +907,7 @@ def test_augment_distribution():
             assert_same_distribution(got, want, f"{name} of {height} x {width}")
         assert_rate(params["flip"], 0.5, "flip")
     for strength in (0.5, 1.0, 1.5):
-        p = common.simclr_params(20000, 32, 32, "cpu", rng(), strength)
+        p = common.simclr_params(20000, 32, 32, "cpu", g, strength)
         ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3
         ranges += [(-0.2 * strength, 0.2 * strength), (0.1, 2.0)]
         for i, (low, high) in enumerate(ranges):
@@ -1621,8 +1622,8 @@ def test_progress():
 # ============================================================================================================
 
 
-def test_devices_refused():
-    """What processes and GPUs cannot do is one line; a LOCAL_RANK alone is nobody's torchrun."""
+def test_processes_refused():
+    """What processes and GPUs cannot do is one line; after a failure nobody waits for the other processes."""
     def refused(words, device="cpu", processes=1, bf16=False, **changed):
         args = common.training_arguments("", train_simclr.PRESETS, ["--preset", "demo", "--batch-size", "10"])
         vars(args).update({"subset": None} | changed)
@@ -1636,10 +1637,6 @@ def test_devices_refused():
     refused(["--batch-size 10", "2 images"], processes=10)
     with mock.patch.dict(os.environ, LOCAL_RANK="3"), common.distributed("cpu") as device:
         assert device.type == "cpu" and common.world_size() == 1
-
-
-def test_failure_leaves_at_once():
-    """After a failure in one of several processes nobody waits for the others; after success they part."""
     variables = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     dist, err = torch.distributed, io.StringIO()
     with mock.patch.dict(os.environ, variables), mock.patch.object(dist, "init_process_group"), \
