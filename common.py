@@ -2177,7 +2177,8 @@ def _statistics(features, off, removed, diagonal, rows):
     unbiased[:, lost] = unbiased[:, :, lost] = math.nan
     _warn("constant over samples, so CKA is NaN", constant, features)
     _warn("so few samples matter that debiased HSIC is all rounding, so debiased CKA is NaN", lost, features)
-    what = f"few samples matter, so {features.precision} debiased CKA may be off by more than 1e-4"
+    what = "few samples matter, or there is little structure, so debiased CKA may be off by more than 1e-4"
+    what += f" ({features.precision} products)"
     _warn(what, shaky, features)
     top = rows.topk(-(-features.m // 100), dim=1)
     cka, debiased = _normalised(hsic), _normalised(unbiased)

@@ -62,7 +62,8 @@ torch.set_num_threads(1)  # tensors are tiny here: threads would wait for each o
 HERE = Path(__file__).resolve().parent
 SEED = int(os.environ.get("TEST_SEED") or int.from_bytes(os.urandom(3), "big"))
 DEVICES = [torch.device("cpu")]
-DEVICES += [torch.device(name) for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+DEVICES += [torch.device("cuda")] * torch.cuda.is_available()
+DEVICES += [torch.device("mps")] * torch.backends.mps.is_available()
 
 
 def rng():
@@ -577,6 +578,11 @@ def test_cka_standard_error():
 def test_device_purity():
     """With (fake) CUDA inputs, every output is on CUDA: no part builds a tensor on the CPU."""
     results = {}
+    try:
+        with FakeTensorMode():
+            torch.rand(4, 4, device="cuda")[:, :3].mul_(2)
+    except RuntimeError:
+        return print("skipped: this torch's fake CUDA tensors need CUDA")
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # autocast says that there is no CUDA here
         images = torch.zeros(6, 3, 40, 24, dtype=torch.uint8, device="cuda")
