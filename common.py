@@ -1517,9 +1517,10 @@ class Run:
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": speed}
         self.log.write(record)
         left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
-        numbers = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in record.items()
-                          if name != "epoch")
-        self.progress.say(f"{self.name}  epoch {self.epoch}/{self.epochs}{numbers}  left {left}")
+        test = f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else ""
+        self.progress.say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {record['loss']:.4f}  "
+                          f"accuracy {record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  "
+                          f"{speed:.0f} images/s  {left} left")
         self.sums.zero_()
         self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:

@@ -285,6 +285,22 @@ def test_cka_block_stands_alone():
     assert_close(pasted["linear_cka"](x, y), literal_cka([x, y])[0, 1], 2e-5)
 
 
+def test_cka_readme_examples():
+    """The examples in README's section on the CKA code run as printed, beside nothing but the block."""
+    text = (HERE / "common.py").read_text()
+    block = text.split("# ---- copy from here ----\n")[1].split("# ---- to here ----")[0]
+    section = (HERE / "README.md").read_text().split("## Use the CKA code in your own project\n")[1]
+    examples = [part.split("```")[0] for part in section.split("\n## ")[0].split("```python\n")[1:]]
+    assert len(examples) >= 3
+    with temporary_folder() as folder:
+        (folder / "cka.py").write_text(block)
+        for number, example in enumerate(examples):
+            (folder / "example.py").write_text(example)
+            command = [sys.executable, "-W", "error::UserWarning", "example.py"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, f"example {number}: {done.stderr[-300:]}"
+
+
 def ways_to_answer(g, inputs):
     """(layers, {way: source}) of a network whose hooks write into one dictionary."""
     features, width = {}, inputs.shape[1]
