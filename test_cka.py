@@ -572,6 +572,16 @@ def test_cka_forms():
         assert set(got.dominant[2].tolist()) == set(outliers.tolist()), what
 
 
+def test_cka_many_samples():
+    """More samples than one band of products: still the literal values."""
+    m = 2 * common.BAND + 90
+    layers = random_layers(rng(), m, [(3,), (800,), (40,)])
+    got = common.gram_statistics([source(layers)], m, precision="float32")
+    assert_close(got.cka, literal_cka(layers), 2e-6, "biased")
+    assert_close(got.debiased_cka, literal_cka(layers, True), 2e-6, "debiased")
+    assert_close(got.left_out, literal_left_out(layers), 2e-6, "left out")
+
+
 def test_cka_standard_error():
     """The jackknife's error is the spread of CKA over fresh data sets, also for samples sorted by class."""
     g, m = rng(), 200
