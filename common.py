@@ -1619,7 +1619,8 @@ def open_run(args, method, seed, data, device):
 #
 # Two saved feature files, or any two arrays with a row per sample:
 #
-#     value = linear_cka(torch.load("x.pt"), torch.load("y.pt"))
+#     x, y = (torch.load(name, weights_only=True) for name in ("x.pt", "y.pt"))
+#     value = linear_cka(x, y)
 #
 # All layers of networks: write a source, a function that returns the features of samples start to stop - 1,
 # a tensor of stop - start rows per layer, in a list or dict, or from a generator, which needs less memory. It
