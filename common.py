@@ -1614,7 +1614,7 @@ def open_run(args, method, seed, data, device):
 # statistics, switches, memory, progress.
 
 # ---- copy from here ----
-# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) of all samples,
+# Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) over all samples,
 # between all layers of any number of networks, in bounded memory. Needs torch 2.1 or newer, nothing else.
 #
 # Two saved feature files, or any two arrays with a row per sample:
@@ -1625,7 +1625,7 @@ def open_run(args, method, seed, data, device):
 # All layers of networks: write a source, a function that returns the features of samples start to stop - 1,
 # a tensor of stop - start rows per layer, in a list or dict, or from a generator, which needs less memory. It
 # is called for any start and stop, first for a few samples, and must answer the same every time: network in
-# eval mode, data in a fixed order. With hooks and a DataLoader:
+# eval mode, data in a fixed order, no memory that two calls share. With hooks and a DataLoader:
 #
 #     def source(start, stop):
 #         features = {}
@@ -1641,21 +1641,19 @@ def open_run(args, method, seed, data, device):
 #     model.eval()
 #     matrix = cka_matrix([source], m=len(data))  # (layers, layers); [source, other] for two networks
 import contextlib
-import gc
+import itertools
 import math
-import os
 import sys
 import time
-import types
 import warnings
+import weakref
 from typing import NamedTuple
 
 import torch
 
 SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
           "a tensor of stop - start rows per layer, for any start and stop, and the same every time")
-TENTHS = 10  # groups of samples, each of which is left out once for the standard error
-STRIP, BAND = 64, 256  # rows of a Gram matrix that are kept together, and that are multiplied at a time
+SQUARE = 64  # side of the squares on a Gram matrix's diagonal, whose lower halves are multiplied in vain
 ROWS = 2048  # samples that are added up in float32 at most
 
 
@@ -1668,7 +1666,6 @@ class GramStatistics(NamedTuple):
     dominant: torch.Tensor  # (L, ceil(m / 100)) int64: those samples, the strongest first
     constant: list  # indices of layers that are the same for every sample
     left_out: torch.Tensor  # (10, L, L) float64: `cka` without each tenth of the samples, chosen at random
-    debiased_left_out: torch.Tensor  # (10, L, L) float64: `debiased_cka` likewise
 
     @property
     def standard_error(self):
@@ -1684,34 +1681,29 @@ def jackknife(values):
 def linear_cka(x, y, debiased=False):
     """Linear CKA of two representations of the same m samples: 0-d float64 on x's device (MPS: float32).
 
-    x (m, ...) and y (m, ...), tensors or numpy arrays of any trailing shape, are flattened per sample. The
-    biased CKA, Eq. (2), lies in [0, 1]; the debiased one (Song et al. 2012; Nguyen et al. 2021) is at most 1
-    and about 0 for unrelated representations. Products are float32, or float64 if an input is. ValueError for
-    unequal m, fewer than 2 samples (debiased: 4), a representation that is constant over samples, NaN or
-    infinite values.
+    x (m, ...) and y (m, ...): tensors or numpy arrays, flattened per sample. The biased CKA, Eq. (2), lies in
+    [0, 1]; the debiased one is at most 1, and about 0 for unrelated representations. ValueError for other
+    shapes, fewer than 2 samples (debiased: 4), a constant representation, NaN or infinite values.
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"linear_cka compares the same samples: got shapes {shapes}")
-    if len(x) < (4 if debiased else 2):
-        raise ValueError(f"linear_cka needs at least {4 if debiased else 2} samples, got {len(x)}")
+    if x.ndim == 0 or x.shape[:1] != y.shape[:1]:
+        raise ValueError(f"linear_cka needs the same samples, got {tuple(x.shape)} and {tuple(y.shape)}")
     sources = [lambda start, stop: [x[start:stop]], lambda start, stop: [y[start:stop]]]
-    with warnings.catch_warnings(record=True) as caught:  # what is a warning for a matrix is an error here
-        warnings.simplefilter("always")
-        both = gram_statistics(sources, len(x), precision="float32", batch=ROWS, dominance=False)
-    if both.constant:
-        raise ValueError(f"{' and '.join('xy'[i] for i in both.constant)} is constant over samples: no CKA")
-    value = (both.debiased_cka if debiased else both.cka)[0, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if debiased else "ignore")  # they are about debiased values
+        found = gram_statistics(sources, len(x), "float32", batch=ROWS, dominance=False)
+    value = (found.debiased_cka if debiased else found.cka)[0, 1]
     if value.isnan():
-        raise ValueError(f"linear_cka: {caught[0].message}")
+        constant = " and ".join("xy"[i] for i in found.constant)
+        raise ValueError(f"linear_cka: {constant} is constant over samples" if constant else
+                         "linear_cka: debiased, at least 4 samples must matter beyond rounding errors")
     return value.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def cka_matrix(sources, m, debiased=False, **options):
     """(L, L) float64 on the CPU: linear CKA between all layers of all sources; see `gram_statistics`."""
-    statistics = gram_statistics(sources, m, **options)
-    return statistics.debiased_cka if debiased else statistics.cka
+    found = gram_statistics(sources, m, **options)
+    return found.debiased_cka if debiased else found.cka
 
 
 @torch.no_grad()
@@ -1728,12 +1720,11 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
     batch: samples per call of a source.
     dominance: False leaves it out, which saves two fifths of the products where features are few.
 
-    How: with X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are
-    cut into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by
+    With X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are cut
+    into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by
     layer; all pairs of layers' products are summed over it; the next tile takes its place. One block asks for
-    every sample once. With more, the means take a pass of their own, so that nothing depends on the order
-    of samples. Rows of K' sum to zero, so the debiased estimator needs K's diagonal besides, nothing else. If
-    all layers together have fewer features than samples, HSIC(K, L) is the squared norm of Xt Y, exactly.
+    every sample once. With more, the means take a pass of their own, so that the order of samples does not
+    matter. If all layers together have fewer features than samples, HSIC(K, L) is |Xt Y|^2, exactly.
 
     ValueError for what is no source, for answers that change or are not finite, and for too little memory. A
     constant layer gets NaN and a warning; so does a debiased value that would be made of rounding errors.
@@ -1747,11 +1738,10 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
                 surroundings.enter_context(torch.autocast(kind, enabled=False))
         features = _Features(sources, int(m), precision, batch)
         memory = int(free_memory(features.device) * 0.8 if memory is None else memory)
-        widths = [[len(layer.first) for layer in layers] for layers in features.known]
-        blocks = plan(widths, features.m, memory, features.batch, features.held, features.dtype.itemsize,
-                      features.product_dtype.itemsize)
+        blocks = plan(features.widths, features.m, memory, features.batch, features.held,
+                      features.dtype.itemsize, features.product_dtype.itemsize)
         sums = _by_tiles(features, blocks) if blocks else _by_features(features, dominance)
-        return _statistics(features, *sums)
+        return _statistics(features, blocks == 0, *sums)
 
 
 def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4):
@@ -1764,7 +1754,7 @@ def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
     held = largest * itemsize if held is None else max(held)
-    if features < m and itemsize * (features * (m + 3 * TENTHS * features) + 2 * m * largest) <= memory:
+    if features < m and itemsize * (features * (m + 30 * features) + 2 * m * largest) <= memory:
         return 0
 
     def needed(blocks):
@@ -1772,7 +1762,7 @@ def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4
         always = 2 * itemsize * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
         if blocks == 1:  # a triangle; one layer, and once more if it is rounded; what its calls keep
             short = product_itemsize if product_itemsize < itemsize else 0
-            triangle = layers * rows * (rows + STRIP) // 2
+            triangle = layers * rows * (rows + SQUARE) // 2
             return always + itemsize * triangle + rows * (largest * (itemsize + short) + held)
         return always + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
@@ -1789,425 +1779,299 @@ class _Features:
     def __init__(self, sources, m, precision, batch):
         if not isinstance(sources, (list, tuple)) or not sources:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
-        self.sources, self.m, self.batch = sources, m, max(1, min(m, batch))
-        self.few, self.device, self.dtype = False, None, None  # known after the look at all sources
-        self.known, self.held, self.copied = [[] for _ in sources], [0] * len(sources), [False] * len(sources)
-        first = [_look(self, s) for s in range(len(sources))]  # sample 0 of all layers
+        self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
+        self.widths, self.held = [[] for _ in sources], [0] * len(sources)
+        first = [self.look(s) for s in range(len(sources))]
         self.device = first[0][0].device
-        self.dtype = max((x.dtype for layers in first for x in layers), key=lambda dtype: dtype.itemsize)
-        self.precision = "float64" if self.dtype == torch.float64 else _precision(precision, self.device, m)
-        short = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-        self.product_dtype = short.get(self.precision, self.dtype)
-        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype), m)
+        wide = any(x.dtype == torch.float64 for layers in first for x in layers)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.precision = "float64" if wide else _precision(precision, self.device, m)
+        half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        self.product_dtype = half.get(self.precision, self.dtype)
+        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype))
                        for i, x in enumerate(layers)] for s, layers in enumerate(first)]
         self.every = [layer for layers in self.known for layer in layers]
-        # random tenths: no order of samples, sorted by class or class after class, makes one of them a class
-        generator = torch.Generator("cpu").manual_seed(0)
-        self.tenths = torch.randperm(m, generator=generator, device="cpu") % TENTHS
 
-    def ask(self, s, start, stop, note=None):
-        """Yields the layers of one call, checked, as floats (stop - start, p); holds on to none of them.
-
-        `note` is called with every layer in the source's own memory.
-        """
+    def ask(self, s, start, stop, alive=None):
+        """Yields the layers of one call, checked, (stop - start, p); holds on to none of them."""
+        widths, found, rows = self.widths[s], [], stop - start
         try:
-            layers, known, i = self.sources[s](start, stop), self.known[s], 0
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"source {s} failed when called ({error}); {SOURCE}") from error
+            layers = self.sources[s](start, stop)
+        except TypeError as error:
+            raise ValueError(f"source {s} failed when called: {error}; {SOURCE}") from error
         layers = layers.values() if isinstance(layers, dict) else layers
         if isinstance(layers, str) or hasattr(layers, "dtype") or not hasattr(layers, "__iter__"):
             raise ValueError(f"source {s} returned a {type(layers).__name__}; {SOURCE}")
-        if self.copied[s]:
-            layers = [torch.as_tensor(x).clone() for x in layers]
-        for x in layers:
-            x = _checked(x, stop - start, f"source {s}, layer {i}, samples {start} to {stop - 1}")
-            if known and (i >= len(known) or len(known[i].first) != x.shape[1]):
-                raise ValueError(f"source {s}, layer {i}: not there or of another size for the first samples")
-            if note:
-                note(x)
-            passing = [x.to(self.device or x.device, self.dtype or _working_dtype(x))]
-            del x
-            i += 1
-            yield passing.pop()
-        if i != (len(known) or max(i, 1)):
-            raise ValueError(f"source {s} returned {i} layers for samples {start} to {stop - 1}; {SOURCE}")
+        if not hasattr(layers, "__next__"):
+            layers = list(layers)  # now, before another call changes what is in it
 
-    def open(self, s, start, stop):
-        """[(start, stop, layers)] of the calls, a batch each, that cover these samples; none runs yet."""
-        edges = [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
-        return [(a, b, self.ask(s, a, b)) for a, b in edges]
+        def checked(layer):
+            where = f"source {s}, layer {len(found)}, samples {start} to {stop - 1}: {type(layer).__name__}"
+            x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
+            if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
+                raise ValueError(f"{where} {tuple(x.shape)} {x.dtype}, not {rows} rows of numbers; {SOURCE}")
+            found.append(x[0].numel())
+            if widths and found != widths[:len(found)]:
+                raise ValueError(f"{where} of {found[-1]} features, unlike for the first samples")
+            if alive is not None:
+                alive.append(weakref.ref(layer))
+            if not x.is_floating_point():
+                x = x.to(torch.float64 if x.dtype.itemsize > 2 else torch.float32)
+            return x.reshape(rows, -1).to(self.device or x.device)
 
-    def layers(self, s, start, stop, place=None):
-        """Yields the layers of source s, (stop - start, p), centred, each in the memory place(layer, dtype).
+        yield from map(checked, layers)
+        if not found or len(found) < len(widths):
+            raise ValueError(f"source {s} returned {len(found)} layers for samples {start} to {stop - 1}")
 
-        The calls for all batches go on side by side, a layer at a time: a generator holds no more than it
-        needs for the next. Means that are not known yet are found first: with a place from all samples, which
-        come at once; without one, from block to block.
+    def look(self, s):
+        """Sample 0 of all layers of source s, which is asked for a few, at once and by two calls in turn.
+
+        ValueError if the answers differ. Notes how many bytes per sample a suspended call keeps.
         """
-        calls = self.open(s, start, stop)
-        for layer in self.known[s]:
-            if layer.scale is not None:
-                whole = place(layer, self.product_dtype)
-                for a, b, layers in calls:
-                    whole[a - start:b - start] = layer.centred(next(layers) - layer.first)
-            else:
-                whole = place(layer, self.dtype) if place else None
-                for a, b, layers in calls:
-                    layer.count(torch.sub(next(layers), layer.first, out=whole[a:b] if place else None))
-                if stop == self.m:
-                    layer.settle()
-                    whole = layer.centred(whole, out=whole).to(self.product_dtype) if place else None
-            yield whole
-        for _, _, layers in calls:
-            next(layers, None)  # more layers than before are an error
+        few, alive = min(self.m, 4), []
+        found = [(x, x.clone()) for x in self.ask(s, 0, few)]
+        for i, (x, copy) in enumerate(found):
+            twins = [j for j, (y, other) in enumerate(found[:i]) if x.data_ptr() == y.data_ptr()
+                     and x.shape == y.shape and torch.equal(copy, other)]
+            if twins:
+                warnings.warn(f"source {s}: layers {twins[0]} and {i} are the same memory: if a hook gave "
+                              "one before the network overwrote it, clone it in the hook", stacklevel=5)
+        self.widths[s] = [x.shape[1] for x, _ in found]
+        self.held[s] = max(x[0].nbytes for _, x in found)  # at least: what a network is working on
+        for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
+            apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
+            if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
+                raise ValueError(f"source {s} gives other features when asked again: is a network in "
+                                 "training mode, are samples in another order, or do calls share memory "
+                                 f"(then clone what they return, in a list)? {SOURCE}")
+            del turns
+            kept = sum(layer().nbytes for layer in alive if layer() is not None)
+            self.held[s] = max(self.held[s], kept // (few // 2))
+        return [x[0] for _, x in found]
 
-    def refuse_infinite(self):
-        """ValueError that names the first layer whose features are not all finite. Waits for the device."""
-        for layer, finite in zip(self.every, torch.stack([x.size for x in self.every]).isfinite().tolist()):
-            if not finite:
-                raise ValueError(f"{layer.name}: features contain NaN or infinite values")
+    def sort(self, edges):
+        """Puts the samples of each block in the order of the tenths, random ones, that they are in."""
+        tenths = torch.randperm(self.m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
+        self.order = torch.cat([a + tenths[a:b].argsort(stable=True) for a, b in edges])
+        self.tenths, self.place = tenths[self.order], self.order.argsort().to(self.device)
+
+    def calls(self, s, start, stop):
+        """[(samples, layers)] of the calls, a batch each, that cover these samples; none runs yet."""
+        edges = [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
+        return [(slice(a, b), self.ask(s, a, b)) for a, b in edges]
+
+    def layers(self, s, start, stop, memory):
+        """Yields source s's layers (stop - start, p), centred and sorted, each in `memory(layer)`.
+
+        The calls for all batches take turns, a layer at a time: a generator holds no more than it needs for
+        the next. Means that are not known yet are those of these samples, which are all.
+        """
+        calls = self.calls(s, start, stop)
+        for layer in self.known[s]:
+            x, new = memory(layer), layer.scale is None
+            for samples, call in calls:
+                part = layer.count(next(call)) if new else layer.centred(next(call))
+                x.index_copy_(0, self.place[samples] - start, part.to(x.dtype))
+            if new:
+                layer.settle(self.m)
+                torch.addcmul(layer.shift, x, layer.scale, out=x)
+            yield layer, x.to(self.product_dtype)
+        for _, call in calls:
+            next(call, None)  # more layers than before are an error
 
 
 class _Layer:
-    """What is known of one layer: its first sample; then, by differences from it, its mean and its size.
+    """A layer's first sample and, by differences from it, its mean and size: accurate for any mean."""
 
-    Differences are exactly 0 for a constant layer, and accurate for any mean.
-    """
-
-    def __init__(self, name, first, m):
-        self.name, self.first, self.m = name, first, m
-        self.sum, self.size, self.shift, self.scale = 0.0, first.new_zeros(()), None, None
+    def __init__(self, name, first):
+        self.name, self.first, self.sum, self.size, self.scale = name, first, 0.0, first.new_zeros(()), None
 
     def count(self, x):
-        """Adds the differences x (n, p) of some samples."""
+        """Differences of features x (n, p) from the first sample, which are counted."""
+        x = x - self.first
         self.sum = self.sum + x.sum(0).to(_wide(x.device))
-        least, most = torch.aminmax(x)
-        self.size = torch.maximum(self.size, torch.maximum(most, -least))
+        self.size = torch.maximum(self.size, torch.linalg.vector_norm(x, math.inf))
+        return x
 
-    def settle(self):
-        """Ends the counting. The scale is a power of two that makes the largest difference about 1,000.
-
-        So no product overflows, and float16 has room below.
-        """
+    def settle(self, m):
+        """Ends the counting. The scale, a power of two, makes differences up to 1,000: nothing overflows."""
         limit = 1000 if self.first.dtype == torch.float64 else 120
-        size = self.size.clamp(min=torch.finfo(self.first.dtype).tiny).log2().ceil()
-        self.scale = torch.exp2((10 - size).clamp(-limit, limit))
-        self.shift, self.sum = (self.sum / self.m).to(self.first.dtype) * -self.scale, None
+        self.scale = torch.exp2((10 - self.size.log2().ceil()).clamp(-limit, limit))
+        self.shift = (self.sum / m).to(self.first.dtype) * -self.scale
 
-    def centred(self, x, out=None):
-        """Differences x (n, p) -> centred over all samples and scaled."""
-        return torch.addcmul(self.shift, x, self.scale, out=out)
-
-
-def _checked(x, rows, where):
-    """A layer as a real tensor (rows, p); ValueError that says where if it is none."""
-    try:
-        x = torch.as_tensor(x).detach()
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{where}: a {type(x).__name__} in place of a tensor; {SOURCE}") from None
-    if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
-        shape = tuple(x.shape)
-        raise ValueError(f"{where}: {x.dtype} of shape {shape}, expected {rows} rows of real numbers")
-    return x.reshape(rows, -1)
-
-
-def _working_dtype(x):
-    """float64 for what float32 could not hold, else float32."""
-    wide = x.dtype == torch.float64 or (x.dtype.itemsize > 2 and not x.dtype.is_floating_point)
-    return torch.float64 if wide else torch.float32
-
-
-def _look(features, s):
-    """Sample 0 of all layers of source s, which is asked for a few, at once and by two calls side by side.
-
-    Notes what a suspended call holds per sample. If the answers differ, but not where one call is over before
-    the next begins, calls share state and will be copied. Otherwise the source is refused.
-    """
-    if not callable(features.sources[s]):
-        raise ValueError(f"source {s} is a {type(features.sources[s]).__name__}, not a function; {SOURCE}")
-    few, half, raw = min(features.m, 4), min(features.m, 4) // 2, []
-    layers, held = _side_by_side(features, s, [(0, few)], raw.append)
-    for i, x in enumerate(layers):
-        if not x.isfinite().all():
-            raise ValueError(f"source {s}, layer {i}: features contain NaN or infinite values")
-    same = [(i, j) for j, y in enumerate(raw) for i, x in enumerate(raw[:j])
-            if x.data_ptr() == y.data_ptr() and x.numel() == y.numel() and torch.equal(layers[i], layers[j])]
-    if same:
-        pair = f"layers {same[0][0]} and {same[0][1]}"
-        warnings.warn(f"source {s}: {pair} are the same memory ({len(same)} such pairs): if a hook returned "
-                      "one before the network overwrote it, clone it in the hook", stacklevel=5)
-    raw.clear()
-    halves = [(0, half), (half, few)]
-    others, held_by_half = _side_by_side(features, s, halves)
-    if _agree(layers, others):
-        features.held[s] = max(0, *(a - b for a, b in zip(held, held_by_half))) // (few - half)
-    else:
-        features.copied[s], features.held[s] = True, sum(x[0].nbytes for x in layers)
-        if not _agree(layers, _side_by_side(features, s, halves)[0]):
-            raise ValueError(f"source {s} gives other features when asked again: dropout or batch norm in "
-                             f"training mode, or samples in another order? {SOURCE}")
-    return [x[0].clone() for x in layers]
-
-
-def _side_by_side(features, s, edges, note=None):
-    """Copies of the layers from calls that take turns, and the bytes that the first one holds after each."""
-    calls = [features.ask(s, a, b, note) for a, b in edges]
-    layers, held = [], []
-    for parts in zip(*(map(torch.clone, call) for call in calls)):
-        if len({x.shape[1:] for x in parts}) > 1:
-            break  # so they do not agree
-        layers.append(torch.cat(parts))
-        held.append(_held_by(calls[0]))
-    return layers, held
-
-
-def _agree(layers, others):
-    """True if two answers differ by no more than rounding, which may depend on the batch."""
-    for x, y in zip(layers, others):
-        unit = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
-        allowed = 0.1 * ((x - x.mean(0)) / unit).norm() + 1e-3 * (x / unit).norm()
-        if x.shape != y.shape or not ((x - y) / unit).norm() <= allowed:
-            return False
-    return len(layers) == len(others)
-
-
-def _held_by(call):
-    """Bytes of the tensors that a suspended call keeps alive, in its frames or in containers there."""
-    containers = (list, tuple, dict, set, types.FrameType, types.CellType)
-    seen, storages, waiting = {}, {}, [call]
-    while waiting:
-        thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, dict) and "__builtins__" in thing:  # a module's names
-            continue
-        seen[id(thing)] = thing
-        if isinstance(thing, torch.Tensor):
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif hasattr(thing, "__next__") or isinstance(thing, containers):
-            waiting.extend(gc.get_referents(thing))
-    return sum(storages.values())
-
-
-class _Strip(NamedTuple):
-    """Some rows of every layer's Gram matrix; columns are sorted by the tenth that their samples are in."""
-
-    row: int  # the sample of the first row
-    column: int  # the sample of the first column before sorting
-    order: torch.Tensor  # (n,) int64: where each column stood before sorting
-    ends: list  # where the columns of each tenth end
-    values: torch.Tensor  # (L, rows, n); 0 on and below the diagonal
+    def centred(self, x):
+        """Features x (n, p), centred over all samples and scaled."""
+        return torch.addcmul(self.shift, x - self.first, self.scale)
 
 
 def _by_tiles(features, blocks):
-    """For `_statistics`: its four sums, tile by tile over all pairs of blocks of samples."""
+    """For `_statistics`: HSICs of all samples and without each tenth, K'_ii, and sums of K'_ij^2 over j."""
     m, count, dtype, device = features.m, len(features.every), features.dtype, features.device
     size = -(-m // blocks)
     edges = [(a, min(a + size, m)) for a in range(0, m, size)]
-    progress = _Progress("CKA", m * count * (len(edges) + 1 if len(edges) > 1 else 1))
-    for rows in edges if len(edges) > 1 else ():  # the means first
-        for s in range(len(features.sources)):
-            for _ in features.layers(s, *rows):
-                progress.add(rows[1] - rows[0])
-    tenths = features.tenths.to(device)
-    # sums over i < j: by the tenth of i, by that of j, where both are of the same
-    pairs = torch.zeros(3, TENTHS, count, count, dtype=_wide(device), device=device)
-    diagonal, row_sums = (torch.zeros(count, m, dtype=dtype, device=device) for _ in range(2))
+    features.sort(edges)
+    progress = _progress(m * count * (len(edges) + (len(edges) > 1)))
+    for s, known in enumerate(features.known if len(edges) > 1 else ()):  # the means first
+        for samples, call in features.calls(s, 0, m):
+            for x, layer in zip(call, known):
+                layer.count(x)
+                progress(samples.stop - samples.start)
+        for layer in known:
+            layer.settle(m)
+    sums = torch.zeros(10, 10, count, count, dtype=_wide(device), device=device)  # by the tenths of i and j
+    diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
     # all memory is used again and again: new memory is slow at first
-    triangle = sum(min(STRIP, size - a) * (size - a) for a in range(0, size, STRIP))
-    tile = torch.empty(count * (size ** 2 if len(edges) > 1 else triangle), dtype=dtype, device=device)
-    largest = size * max(len(layer.first) for layer in features.every)
-    layer = torch.empty(largest, dtype=features.product_dtype if len(edges) > 1 else dtype, device=device)
-    for i, rows in enumerate(edges):
-        for columns in edges[i:]:
-            strips = _strips(tile, features.tenths, rows, columns, count)
-            _fill(strips, features, rows, columns, layer, diagonal, progress)
-            with _float32_products():
-                for strip in strips:
-                    _add(strip, tenths, pairs, row_sums)
-    progress.close()
-    features.refuse_infinite()
-    pairs = pairs.cpu().double()
-    return 2 * pairs[0].sum(0), 2 * (pairs[0] + pairs[1] - pairs[2]), diagonal, row_sums + diagonal.square()
+    entries = size ** 2 if blocks > 1 else size * (size + SQUARE) // 2
+    tile = torch.empty(count * entries, dtype=dtype, device=device)
+    memory = torch.empty(size * max(map(max, features.widths)), device=device,
+                         dtype=features.product_dtype if blocks > 1 else dtype)
+    for i, own in enumerate(edges):
+        for others in edges[i:]:
+            parts = _parts(own, others, count, tile)
+            _fill(parts, features, own, others, memory, diagonal, progress)
+            for part in parts:
+                _add(*part, features.tenths, sums, rows)
+    wide = diagonal.to(sums.dtype)
+    hsic = [2 * sums.sum((0, 1)) + wide @ wide.T]
+    for g in range(10):
+        own = wide[:, features.tenths == g]
+        hsic.append(hsic[0] - 2 * (sums[g].sum(0) + sums[:, g].sum(0) - sums[g, g]) - own @ own.T)
+    return torch.stack(hsic), diagonal, rows + diagonal.square()
 
 
-def _strips(memory, tenths, rows, columns, count):
-    """The strips of a tile, in `memory`: those of its upper triangle, or all its rows in one."""
-    strips, used = [], 0
-    height = STRIP if rows == columns else rows[1] - rows[0]
-    for row in range(*rows, height):
-        column = max(row, columns[0])
-        among = tenths[column:columns[1]]
-        ends = among.bincount(minlength=TENTHS).cumsum(0).tolist()
-        shape = count, min(height, rows[1] - row), len(among)
-        values = memory[used:used + math.prod(shape)].view(shape)
-        strips.append(_Strip(row, column, among.argsort(stable=True).to(memory.device), ends, values))
-        used += math.prod(shape)
-    return strips
+def _parts(own, others, count, memory):
+    """[(rows, columns, values (L, height, width))] of a tile: all of it, or on the diagonal where i <= j."""
+    def halves(a, b):
+        if b - a <= SQUARE:
+            return [(slice(a, b), slice(a, b))]
+        middle = a + -(-(b - a) // (2 * SQUARE)) * SQUARE
+        return [(slice(a, middle), slice(middle, b)), *halves(a, middle), *halves(middle, b)]
+
+    rectangles = halves(*own) if own == others else [(slice(*own), slice(*others))]
+    shapes = [(count, rows.stop - rows.start, columns.stop - columns.start) for rows, columns in rectangles]
+    pieces = memory[:sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
+    return [(*slices, piece.view(shape)) for slices, piece, shape in zip(rectangles, pieces, shapes)]
 
 
-def _fill(strips, features, rows, columns, memory, diagonal, progress):
-    """Forms every layer's Gram matrix in a tile's strips, and its diagonal if the tile is on it."""
-    def own_memory(layer, dtype):
-        shape = rows[1] - rows[0], len(layer.first)
+def _fill(parts, features, own, others, memory, diagonal, progress):
+    """Forms a tile of every layer's Gram matrix, in parts, and the diagonal where the tile is on it."""
+    def place_of(layer):
+        shape = own[1] - own[0], len(layer.first)
         return memory[:math.prod(shape)].view(shape)
 
-    places, index = strips[0].order.argsort(), 0  # where the columns go, if they are all in one strip
-    for s, known in enumerate(features.known):
-        others = features.open(s, *columns) if rows != columns else []
-        for layer, x in zip(known, features.layers(s, *rows, own_memory)):
-            if rows == columns:
-                diagonal[index, rows[0]:rows[1]] = _fill_triangle(x, strips, index, features)
-            for a, b, layers in others:
-                y = layer.centred(next(layers) - layer.first).to(x.dtype)
-                place = places[a - columns[0]:b - columns[0]]
-                strips[0].values[index].index_copy_(1, place, _product(x, y, features))
-            progress.add(rows[1] - rows[0] + sum(b - a for a, b, _ in others))
+    index, first = 0, own[0]
+    for s in range(len(features.sources)):
+        calls = features.calls(s, *others) if own != others else []
+        for layer, x in features.layers(s, *own, place_of):
+            for rows, columns, values in parts if own == others else ():
+                left, right = (x[some.start - first:some.stop - first] for some in (rows, columns))
+                gram = _product(left, right, features, values[index])
+                if rows == columns:
+                    diagonal[index, rows] = gram.diagonal()
+                    gram.triu_(1)
+            for samples, call in calls:
+                y = layer.centred(next(call)).to(x.dtype)
+                columns = features.place[samples] - others[0]
+                parts[0][2][index].index_copy_(1, columns, _product(x, y, features))
+            progress(len(x) + sum(samples.stop - samples.start for samples, _ in calls))
             index += 1
-        for _, _, layers in others:
-            next(layers, None)  # more layers than before are an error
+        for _, call in calls:
+            next(call, None)  # more layers than before are an error
 
 
-def _fill_triangle(x, strips, index, features):
-    """Writes the entries of x @ x.T above the diagonal into a layer's strips; returns the diagonal."""
-    diagonal = x.new_empty(len(x), dtype=features.dtype)
-    for top in range(0, len(x), BAND):
-        end = min(top + BAND, len(x))
-        right = _product(x[top:end], x[end:], features)
-        for strip in strips[top // STRIP:-(-end // STRIP)]:
-            a = strip.row - strips[0].row
-            b = a + strip.values.shape[1]
-            corner = _product(x[a:b], x[a:end], features)
-            diagonal[a:b] = corner.diagonal()
-            columns = torch.cat([corner.triu_(1), right[a - top:b - top]], 1)
-            torch.index_select(columns, 1, strip.order, out=strip.values[index])
-    return diagonal
-
-
-def _product(x, y, features):
-    """x @ y.T in the precision asked for, as float32 (float64 for float64 features)."""
-    if len(y) == 0:
-        return x.new_empty(len(x), 0, dtype=features.dtype)
+def _product(x, y, features, out=None):
+    """x @ y.T in the precision asked for, as float32 (float64 for float64 features), perhaps into `out`."""
     with _float32_products(tf32=features.precision == "tf32"):
-        if x.dtype == features.dtype or x.device.type == "cpu":
-            return (x @ y.mT).to(features.dtype)
-        return torch.mm(x, y.mT, out_dtype=features.dtype)
+        if x.dtype == features.dtype:
+            return torch.mm(x, y.mT, out=out)
+        product = x @ y.mT if x.device.type == "cpu" else torch.mm(x, y.mT, out_dtype=features.dtype)
+    return product.to(features.dtype) if out is None else out.copy_(product)
 
 
-def _add(strip, tenths, pairs, row_sums):
-    """Adds a strip's entries, multiplied for all pairs of layers, to the sums; float32 for 2,048 at most."""
-    samples = strip.column + strip.order
-    for a in range(0, strip.values.shape[1], STRIP):
-        part = strip.values[:, a:a + STRIP]
-        rows = slice(strip.row + a, strip.row + a + part.shape[1])
-        squares = torch.zeros_like(part[:, 0])
-        for row in part.unbind(1):
-            squares.addcmul_(row, row)
-        row_sums.index_add_(1, samples, squares)
-        start = 0
-        for g, end in enumerate(strip.ends):
-            for piece in part[:, :, start:end].split(2048, dim=2) if end > start else ():
-                products = torch.bmm(piece.transpose(0, 1), piece.permute(1, 2, 0))  # (rows, L, L)
-                row_sums[:, rows] += products.diagonal(dim1=1, dim2=2).T
-                by_tenth = torch.zeros_like(pairs[0]).index_add_(0, tenths[rows], products.to(pairs.dtype))
-                pairs[0] += by_tenth
-                pairs[1, g] += by_tenth.sum(0)
-                pairs[2, g] += by_tenth[g]
-            start = end
+def _runs(tenths):
+    """[(tenth, slice)] of the runs of equal values."""
+    values, counts = tenths.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return [(g, slice(a, b)) for g, a, b in zip(values.tolist(), [0, *ends], ends)]
+
+
+def _add(own, others, values, tenths, sums, rows):
+    """Adds a part's entries, multiplied for all pairs of layers, to the sums by tenths and over rows."""
+    with _float32_products():
+        for g, some in _runs(tenths[own]):
+            strip, squares = values[:, some], torch.zeros_like(values[:, 0])
+            for row in strip.unbind(1):
+                squares.addcmul_(row, row)
+            rows[:, others] += squares
+            for h, columns in _runs(tenths[others]):
+                for part in strip[:, :, columns].transpose(0, 1).split(ROWS, dim=2):
+                    products = torch.bmm(part, part.mT)  # (rows, L, L)
+                    rows[:, own][:, some] += products.diagonal(dim1=1, dim2=2).T
+                    sums[g, h] += products.sum(0, dtype=sums.dtype)
 
 
 def _by_features(features, dominance):
-    """For `_statistics`: its sums where there are fewer features than samples, from HSIC(K, L) = |Xt Y|^2."""
-    widths, m, device = [len(layer.first) for layer in features.every], features.m, features.device
-    ends = torch.tensor([0, *widths], device="cpu").cumsum(0).tolist()
-    columns = [slice(a, b) for a, b in zip(ends, ends[1:])]
-    where = dict(zip(features.every, columns))
-    every = torch.empty(m, ends[-1], dtype=features.dtype, device=device)  # all layers side by side
-    features.product_dtype, features.few = features.dtype, True
+    """As `_by_tiles`, where there are fewer features than samples: HSIC(K, L) is the squared norm of Xt Y."""
+    m, device, dtype = features.m, features.device, features.dtype
+    features.sort([(0, m)])
+    edges = [0, *itertools.accumulate(sum(features.widths, []))]
+    columns = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    where, features.product_dtype = dict(zip(features.every, columns)), dtype
+    every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
     for s in range(len(features.sources)):
-        for _ in features.layers(s, 0, m, lambda layer, dtype: every[:, where[layer]]):
+        for _ in features.layers(s, 0, m, lambda layer: every[:, where[layer]]):
             pass
-    features.refuse_infinite()
-    ones = [torch.ones(p, 1, dtype=_wide(device), device=device) for p in widths]
-    owner = torch.block_diag(*ones)  # (P, L): which layer a feature is of
-    products = [owner.new_zeros(ends[-1], ends[-1]) for _ in range(TENTHS)]
+    parts = torch.zeros(10, edges[-1], edges[-1], dtype=_wide(device), device=device)
+    rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
     with _float32_products():
-        for g in range(TENTHS):
-            for some in every[(features.tenths == g).nonzero().flatten().to(device)].split(ROWS):
+        for g, tenth in _runs(features.tenths):
+            for some in every[tenth].split(ROWS):
                 for own in columns:
-                    products[g][own, own.start:] += some[:, own].T @ some[:, own.start:]
-        whole = sum(products)
-        rows = torch.full((len(widths), m), math.nan, dtype=every.dtype, device=device)
+                    parts[g, own, own.start:] += some[:, own].T @ some[:, own.start:]
+        whole = parts.sum(0)
         for row, own in zip(rows, columns) if dominance else ():
-            row.copy_((every[:, own] @ whole[own, own].to(every.dtype)).mul_(every[:, own]).sum(1))
+            row.copy_((every[:, own] @ whole[own, own].to(dtype)).mul_(every[:, own]).sum(1))
     diagonal = torch.stack([every[:, own].square().sum(1) for own in columns])
-    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *products)]).triu()
-    hsic = (hsic + hsic.triu(1).mT).cpu().double()
-    squares = _squares(diagonal.cpu().double(), features.tenths)
-    return hsic[0] - squares.sum(0), hsic[0] - hsic[1:] - squares, diagonal, rows
+    owner = torch.block_diag(*[torch.ones_like(parts[0, own, :1]) for own in columns])  # (features, L)
+    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *parts)]).triu()
+    return hsic + hsic.triu(1).mT, diagonal, rows
 
 
-def _squares(diagonal, tenths):
-    """(10, L, L): sums of K'_ii L'_ii over the samples of each tenth."""
-    return torch.stack([diagonal * (tenths == g) @ diagonal.T for g in range(TENTHS)])
-
-
-def _statistics(features, off, removed, diagonal, rows):
-    """`GramStatistics` from sums over samples.
-
-    off (L, L): K'_ij L'_ij over all i != j; removed (10, L, L): over those with i or j of a tenth; diagonal
-    (L, m): K'_ii; rows (L, m): K'_ij^2 over j. Leaving out a tenth leaves the means as they are.
-    """
-    diagonal, rows = diagonal.cpu().double(), rows.cpu().double()
-    squares = _squares(diagonal, features.tenths)
-    out = torch.stack([features.tenths == g for g in range(-1, TENTHS)]).double()  # nothing, then each tenth
-    off = torch.stack([off, *(off - removed)])
-    squares = torch.stack([squares.sum(0), *(squares.sum(0) - squares)])
-    hsic = off + squares
-    for layer, finite in zip(features.every, hsic[0].diagonal().isfinite().tolist()):
-        if not finite:
-            raise ValueError(f"{layer.name}: its HSIC is not finite")
-    n, traces = features.m - out.sum(1).view(-1, 1, 1), (1 - out) @ diagonal.T
-    # Song et al. 2012, Eq. (5); with its diagonal removed, row i of K' sums to -K'_ii
-    more, less = traces[:, :, None] * traces[:, None] / ((n - 1) * (n - 2)), squares * 2 / (n - 2)
-    unbiased = torch.where(n > 3, off + more - less, math.nan)
-
-    value, constant = unbiased[0].diagonal().clone(), hsic[0].diagonal() == 0
-    if features.few:  # the diagonal was taken off what includes it
-        more = more + hsic + squares
-    noise = (more + less)[0].diagonal() * _rounding(features)
-    lost = (value <= noise) & ~constant
-    shaky = (noise > 1e-4 * value) & ~lost & ~constant
-    unbiased[:, lost] = unbiased[:, :, lost] = math.nan
-    _warn("constant over samples, so CKA is NaN", constant, features)
-    _warn("so few samples matter that debiased HSIC is all rounding, so debiased CKA is NaN", lost, features)
-    what = "few samples matter, or there is little structure, so debiased CKA may be off by more than 1e-4"
-    what += f" ({features.precision} products)"
-    _warn(what, shaky, features)
-    top = rows.topk(-(-features.m // 100), dim=1)
-    cka, debiased = _normalised(hsic), _normalised(unbiased)
-    return GramStatistics(cka[0], debiased[0], top.values.sum(1) / rows.sum(1), top.indices,
-                          constant.nonzero().flatten().tolist(), cka[1:], debiased[1:])
-
-
-def _warn(text, which, features):
-    """One warning about the layers that are True, if there are any."""
-    names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
-    if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=5)
-
-
-def _normalised(hsic):
-    norms = hsic.diagonal(dim1=1, dim2=2).sqrt()  # one by one: the product of two could overflow
-    return hsic / norms[:, :, None] / norms[:, None]
-
-
-def _rounding(features):
-    """A bound of the relative rounding errors of what cancels, also of those that a whole row shares."""
-    unit = torch.finfo(features.dtype).eps / 2
-    if features.few:
-        return unit * ROWS / 4
+def _statistics(features, few, hsic, diagonal, rows):
+    """`GramStatistics` from what `_by_tiles` or, where features are `few`, `_by_features` returns."""
+    hsic, diagonal, rows = (x.cpu().double() for x in (hsic, diagonal, rows))
+    m, traces, squares = features.m, diagonal.sum(1), diagonal @ diagonal.T
+    for sums, what in ((traces, "features"), (hsic[0].diagonal(), "HSIC")):
+        for layer, finite in zip(features.every, sums.isfinite().tolist()):
+            if not finite:
+                raise ValueError(f"{layer.name}: {what} with NaN or infinite values")
+    # Song et al. 2012, Eq. (5); without its diagonal, row i of K' sums to -K'_ii
+    n = m if m > 3 else math.nan
+    more, less = traces.outer(traces) / ((n - 1) * (n - 2)), squares * 2 / (n - 2)
+    unbiased = hsic[0] - squares + more - less
+    value, constant = unbiased.diagonal().clone(), hsic[0].diagonal() == 0
+    # what cancels there, and a bound of its relative rounding errors, also of those that a whole row shares
+    unit, widest = torch.finfo(features.dtype).eps / 2, max(map(max, features.widths))
     inputs = {"bfloat16": 2.0 ** -8, "float16": 2.0 ** -11, "tf32": 2.0 ** -11}.get(features.precision, unit)
-    return 4 * inputs + unit * (4 + max(len(layer.first) for layer in features.every) ** 0.5 / 2)
+    cancels = more + less + (hsic[0] + squares if few else 0)
+    noise = cancels.diagonal() * (unit * ROWS / 4 if few else 4 * inputs + unit * (4 + widest ** 0.5 / 2))
+    lost = (value <= noise) & ~constant
+    unbiased[lost] = unbiased[:, lost] = math.nan
+    shaky = (noise > 1e-4 * value) & ~lost & ~constant
+    for which, text in (
+            (constant, "constant over samples, so CKA is NaN"),
+            (lost, "so few samples matter that debiased HSIC is all rounding, so debiased CKA is NaN"),
+            (shaky, "few samples matter, or there is little structure, so debiased CKA may be off by more "
+                    f"than 1e-4 ({features.precision} products)")):
+        names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=4)
+    top, norms = rows.topk(-(-m // 100), dim=1), hsic.diagonal(dim1=1, dim2=2).sqrt()
+    cka = hsic / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
+    debiased = unbiased / unbiased.diagonal().sqrt()[:, None] / unbiased.diagonal().sqrt()
+    return GramStatistics(cka[0], debiased, top.values.sum(1) / rows.sum(1), features.order[top.indices],
+                          constant.nonzero().flatten().tolist(), cka[1:])
 
 
 def _precision(wanted, device, m):
@@ -2215,33 +2079,14 @@ def _precision(wanted, device, m):
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     # half-precision products with float32 results: torch 2.8, not on AMD
     short = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip
-    able = {"float16": short and major >= 7, "tf32": major >= 8, "float32": True,
-            "bfloat16": short and major >= 8 or device.type == "cpu" and has_bf16(device)}
-    names = [name for name in ("float16", "bfloat16", "tf32", "float32") if able[name]]
+    able = {"float16": short and major >= 7,
+            "bfloat16": short and major >= 8 or device.type == "cpu" and has_bf16(device),
+            "tf32": major >= 8, "float32": True}
+    names = [name for name in able if able[name]]
     if wanted is not None and wanted not in names:
         has = f"{device} with torch {torch.__version__} has {', '.join(names)}"
         raise ValueError(f"precision {wanted!r}: {has}")
     return wanted or (names[0] if m >= 512 else "float32")  # of fewer, rounding shows and saves little
-
-
-@contextlib.contextmanager
-def _float32_products(tf32=False):
-    """Products of float32 matrices are float32 (or TF32), whatever was chosen, which is put back."""
-    switches = []  # before torch 2.9 there is one function for all
-    if hasattr(torch.backends.mkldnn, "matmul"):
-        switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    before = [s.fp32_precision for s in switches] if switches else torch.get_float32_matmul_precision()
-    try:
-        if not switches:
-            torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        for switch, wanted in zip(switches, ("tf32" if tf32 else "ieee", "ieee")):
-            switch.fp32_precision = wanted
-        yield
-    finally:
-        if not switches:
-            torch.set_float32_matmul_precision(before)
-        for switch, value in zip(switches, before):
-            switch.fp32_precision = value
 
 
 def has_bf16(device):
@@ -2252,22 +2097,40 @@ def has_bf16(device):
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+@contextlib.contextmanager
+def _float32_products(tf32=False):
+    """Products of float32 matrices are float32 (or TF32), whatever was chosen, which is put back."""
+    backends = torch.backends.cuda, torch.backends.mkldnn
+    parts = [b.matmul for b in backends if hasattr(torch.backends.mkldnn, "matmul")]  # from torch 2.9 on
+
+    def switch(values):
+        for part, value in zip(parts, values):
+            part.fp32_precision = value
+        if not parts:
+            torch.set_float32_matmul_precision(values)
+
+    before = [part.fp32_precision for part in parts] or torch.get_float32_matmul_precision()
+    switch(["tf32" if tf32 else "ieee", "ieee"] if parts else "high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        switch(before)
+
+
 def free_memory(device):
-    """Bytes free on a device: what its driver says, or what the kernel and the container's limit leave."""
+    """Bytes free on a device: what its driver says, or what the system and the container's limit leave."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = [4 << 30]  # where nobody says
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Linux: half of what there is
-        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
-    with contextlib.suppress(OSError, StopIteration):
+    with contextlib.suppress(OSError, StopIteration):  # Linux
         with open("/proc/meminfo") as file:
             free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
     for limit, used in (("memory.max", "memory.current"),
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # the container's; the word "max" where there is none
+        with contextlib.suppress(OSError, ValueError):  # a container's; the word "max" where there is none
             with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
                 free.append(int(most.read()) - int(now.read()))
     return max(min(free), 1 << 28)
@@ -2277,27 +2140,21 @@ def _wide(device):
     return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
 
 
-class _Progress:
-    """How far, and the time left, on stderr: only on a terminal, and only after a few seconds."""
+def _progress(total):
+    """A function that counts samples done; on a terminal, after 3 s, it shows the share and the time left."""
+    start = shown = time.monotonic()
+    done = 0
 
-    def __init__(self, what, total):
-        self.what, self.total, self.done = what, max(1, total), 0
-        self.start = self.shown = time.monotonic()
+    def add(amount):
+        nonlocal done, shown
+        done, now = done + amount, time.monotonic()
+        if sys.stderr.isatty() and now - start > 3 and (now - shown > 0.5 or done >= total):
+            left = (now - start) * (total / done - 1)
+            text = f"CKA {done / total:4.0%}, {left:.0f} s left   " if done < total else " " * 40
+            print(f"\r{text}\r", end="", file=sys.stderr, flush=True)
+            shown = now
 
-    def add(self, amount):
-        """Counts `amount` more of the total as done."""
-        self.done += amount
-        now = time.monotonic()
-        if sys.stderr.isatty() and now - self.start > 3 and now - self.shown > 0.5:
-            self.shown = now
-            left = (now - self.start) * (self.total / max(1, self.done) - 1)
-            text = f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   "
-            print(text, end="", file=sys.stderr)
-
-    def close(self):
-        """Clears the line, if one was shown."""
-        if self.shown > self.start:
-            print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return add
 # ---- to here ----
 
 
