@@ -11,12 +11,12 @@ images. Judges claims 1a-1c or 4a-4c.
 """
 
 import functools
+import math
 
 import numpy as np
 
-from common import (EVEN, LAYERS, NAMES, ODD, SAME_GROUP, Claim, Quantity, UserError, cka_heatmaps,
-                    figure_parser, measure, network_source, new_figure, open_study, pair_matrices, replot,
-                    report, save_arrays, seed_pairs, user_errors)
+from common import (EVEN, LAYERS, NAMES, ODD, SAME_GROUP, UserError, cka_heatmaps, figure_parser, measure,
+                    network_source, new_figure, open_study, pair_matrices, replot, report, user_errors)
 
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
 
@@ -24,10 +24,10 @@ NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
 def compare_seeds(study, models):
     """The arrays of the figure: rows the layers of one seed, columns of another."""
     cka, dominance = measure(study, [network_source(model, study.images) for model in models])
-    arrays = {"layers": np.array(LAYERS), "networks": np.array([model.name for model in models]),
-              "dominance": dominance.reshape(-1, 32)}
+    arrays = study.about | {"layers": np.array(LAYERS), "dominance": dominance.reshape(-1, 32),
+                            "networks": np.array([model.name for model in models])}
     for ending, values in cka.items():
-        arrays[f"pairs{ending}"] = pair_matrices(values, seed_pairs(range(len(models))))
+        arrays[f"pairs{ending}"] = pair_matrices(values, range(len(models)))
     for ending in ("", "_debiased"):
         arrays[f"cka{ending}"] = arrays[f"pairs{ending}"].mean(0)
     return arrays
@@ -46,14 +46,14 @@ def claims(method, arrays):
     neighbours = mean_over(even, abs(i - j) == 1) - mean_over(odd, abs(i - j) == 1)
     itself = {kind: mean_over(m, i == j) - mean_over(m, i != j) for kind, m in (("odd", odd), ("even", even))}
     groups = mean_over(pairs, SAME_GROUP & ~np.eye(32, dtype=bool)) - mean_over(pairs, ~SAME_GROUP)
-    return [
-        Claim(f"{number}a", f"{name}: neighbouring even layers are similar, odd ones are not",
-              [Quantity("neighbours, even - odd", neighbours, above=0)]),
-        Claim(f"{number}b", f"{name}: odd layers are similar largely only to themselves",
-              [Quantity("odd, diagonal - rest", itself["odd"], above=0),
-               Quantity("more than even by", itself["odd"] - itself["even"], above=0)]),
-        Claim(f"{number}c", f"{name}: similarity is higher within block groups than across",
-              [Quantity("block groups, within - across", groups, above=0)])]
+    return {
+        f"{number}a {name}: neighbouring even layers are similar, odd ones are not": {
+            "neighbours, even - odd": (neighbours, 0, math.inf)},
+        f"{number}b {name}: odd layers are similar largely only to themselves": {
+            "odd, diagonal - rest": (itself["odd"], 0, math.inf),
+            "more than even by": (itself["odd"] - itself["even"], 0, math.inf)},
+        f"{number}c {name}: similarity is higher within block groups than across": {
+            "block groups, within - across": (groups, 0, math.inf)}}
 
 
 def plot(method, arrays):
@@ -89,7 +89,7 @@ def main():
     models = study.networks[method]
     if len(models) == 1:
         print("only one network: this compares it with itself, which the paper avoids; train another seed")
-    report(args, name, save_arrays(study, name, compare_seeds(study, models)), *judge_and_draw)
+    report(args, name, compare_seeds(study, models), *judge_and_draw)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ tenth of the images. Judges claims 3a-3h.
 """
 
 import collections
+import math
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (NAMES, Claim, Quantity, UserError, common_layers, copy_sources, depth_lines,
-                    figure_parser, generator_for, mark_block_groups, measure, network_source, new_figure,
-                    number, open_study, out_of_memory_advice, rank_correlation, replot, report, save_arrays,
-                    user_errors)
+from common import (NAMES, UserError, common_layers, depth_lines, figure_parser, generator_for,
+                    mark_block_groups, measure, network_source, new_figure, number, open_study,
+                    rank_correlation, replot, report, user_errors)
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
 
@@ -119,27 +119,26 @@ def measure_method(study, method):
     classes = ["the classes (one-hot)"], lambda start, stop: [one_hot[start:stop]]
     n, found = len(layers), collections.defaultdict(list)
     for model in models:
-        sources = *copy_sources(model, images, layers), network_source(model, images, layers), classes
-        cka, dominance = measure(study, sources)
+        views = [network_source(model, images, layers, view) for view in (0, 1, None)]
+        cka, dominance = measure(study, [*views, classes])
         for ending, values in cka.items():
             invariance = values[..., :n, n:2 * n].diagonal(axis1=-2, axis2=-1)
             found[f"invariance_{method}{ending}"].append(invariance)
             found[f"class_cka_{method}{ending}"].append(values[..., 2 * n:3 * n, -1])
         found[f"dominance_{method}"].append(dominance[2 * n:3 * n])
-        with out_of_memory_advice(f"--batch-size {study.args.batch_size}: lower it"):
-            found[f"probe_{method}"].append(probe_accuracies(study, model, layers))
+        found[f"probe_{method}"].append(probe_accuracies(study, model, layers))
     arrays = {key: np.stack(values, -2) for key, values in found.items()}
     return arrays | {f"layers_{method}": np.array(layers)}
 
 
 def rises(arrays, key, tolerance):
     """The quantities of the claim that values of both methods rise monotonically through the backbone."""
-    found = []
+    found = {}
     for method, name in NAMES.items():
         values = arrays[f"{key}_{method}"][:, :16]
         falls = np.where(np.isnan(values).any(1), np.nan, (np.diff(values, axis=1) < -tolerance).sum(1))
-        found += [Quantity(f"{name} falls", falls, below=0.5),
-                  Quantity(f"{name} rank correlation", rank_correlation(values), above=0.9)]
+        found[f"{name} falls"] = falls, -math.inf, 0.5
+        found[f"{name} rank correlation"] = rank_correlation(values), 0.9, math.inf
     return found
 
 
@@ -149,28 +148,28 @@ def claims(arrays):
     seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
     ahead = simclr[:seeds, :16] - supervised[:seeds, :16]  # of SimCLR in invariance
     classes = arrays["class_cka_supervised"][:seeds, :16] - arrays["class_cka_simclr"][:seeds, :16]
-    end = [Quantity("invariance at even 16, SimCLR - supervised", ahead[:, 15], above=0)]
-    found = [
-        Claim("3a", "linear separability rises monotonically", rises(arrays, "probe", 0.005)),
-        Claim("3b", "SimCLR grows more invariant with depth, most in the last layers",
-              [Quantity("SimCLR invariance, rank correlation", rank_correlation(simclr), above=0),
-               Quantity("BG4 and later - BG1-3", simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), above=0)]),
-        Claim("3c", "supervision starts similar under its weaker augmentations",
-              [Quantity("invariance at even 1, supervised - SimCLR", -ahead[:, 0], above=0)]),
-        Claim("3d", "supervision then diverges until BG4, with a small increase there",
-              [Quantity("supervised invariance, even 1 - 13", supervised[:, 0] - supervised[:, 12], above=0),
-               Quantity("even 16 - 13", supervised[:, 15] - supervised[:, 12], above=0)]),
-        Claim("3e", "SimCLR is the more invariant one at the end", end),
-        Claim("3f", "CKA with the classes rises monotonically", rises(arrays, "class_cka", 0.01)),
-        Claim("3g", "supervision accelerates towards the classes in BG4",
-              [Quantity("gain in class CKA from even 13 to 16, supervised - SimCLR",
-                        classes[:, 15] - classes[:, 12], above=0)])]
+    end = {"invariance at even 16, SimCLR - supervised": (ahead[:, 15], 0, math.inf)}
+    found = {
+        "3a linear separability rises monotonically": rises(arrays, "probe", 0.005),
+        "3b SimCLR grows more invariant with depth, most in the last layers": {
+            "SimCLR invariance, rank correlation": (rank_correlation(simclr), 0, math.inf),
+            "BG4 and head - BG1-3": (simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), 0, math.inf)},
+        "3c supervision starts similar under its weaker augmentations": {
+            "invariance at even 1, supervised - SimCLR": (-ahead[:, 0], 0, math.inf)},
+        "3d supervision then diverges until BG4, with a small increase there": {
+            "supervised invariance, even 1 - 13": (supervised[:, 0] - supervised[:, 12], 0, math.inf),
+            "even 16 - 13": (supervised[:, 15] - supervised[:, 12], 0, math.inf)},
+        "3e SimCLR is the more invariant one at the end": end,
+        "3f CKA with the classes rises monotonically": rises(arrays, "class_cka", 0.01),
+        "3g supervision accelerates towards the classes in BG4": {
+            "gain in class CKA from even 13 to 16, supervised - SimCLR": (classes[:, 15] - classes[:, 12], 0,
+                                                                          math.inf)}}
     if head.shape[1]:  # networks from other projects come without
-        end.append(Quantity("at head.3, SimCLR - supervised even 16",
-                            simclr[:seeds, 18] - supervised[:seeds, 15], above=0))
-        found.append(Claim("3h", "class CKA decreases after the head's first layer",
-                           [Quantity("SimCLR class CKA, head.1 - 2", head[:, 0] - head[:, 1], above=0),
-                            Quantity("head.1 - 3", head[:, 0] - head[:, 2], above=0)]))
+        last = simclr[:seeds, 18] - supervised[:seeds, 15]
+        end["at head.3, SimCLR - supervised even 16"] = last, 0, math.inf
+        found["3h class CKA decreases after the head's first layer"] = {
+            "SimCLR class CKA, head.1 - 2": (head[:, 0] - head[:, 1], 0, math.inf),
+            "head.1 - 3": (head[:, 0] - head[:, 2], 0, math.inf)}
     return found
 
 
@@ -207,8 +206,8 @@ def main():
     study = open_study(args, list(NAMES))
     if len(study.data.train_images) < (args.probe_images or 2):
         raise UserError(f"--probe-images {args.probe_images or 2}: the training set has fewer images")
-    arrays = measure_method(study, "simclr") | measure_method(study, "supervised")
-    report(args, "fig3", save_arrays(study, "fig3", arrays), claims, plot)
+    arrays = study.about | measure_method(study, "simclr") | measure_method(study, "supervised")
+    report(args, "fig3", arrays, claims, plot)
 
 
 if __name__ == "__main__":

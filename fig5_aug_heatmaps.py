@@ -10,10 +10,12 @@ fig5.*: `supervised` (32, 32), `simclr` (35, 35), `networks_*` (S, ...), `layers
 Judges claims 5a-5c.
 """
 
+import math
+
 import numpy as np
 
-from common import (Claim, Quantity, cka_heatmaps, common_layers, copy_sources, figure_parser, measure,
-                    new_figure, open_study, rank_correlation, replot, report, save_arrays, user_errors)
+from common import (cka_heatmaps, common_layers, figure_parser, measure, network_source, new_figure,
+                    open_study, rank_correlation, replot, report, user_errors)
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
@@ -24,7 +26,8 @@ def compare_copies(study, method):
     layers = common_layers(models)
     n, matrices, dominances = len(layers), {}, []
     for model in models:
-        cka, dominance = measure(study, copy_sources(model, study.images, layers))
+        copies = [network_source(model, study.images, layers, view) for view in (0, 1)]
+        cka, dominance = measure(study, copies)
         for ending, values in cka.items():
             matrices.setdefault(ending, []).append(values[..., :n, n:])
         dominances.append(dominance.reshape(2, n).max(0))
@@ -38,16 +41,15 @@ def compare_copies(study, method):
 def claims(arrays):
     """Claims 5a-5c, each quantity per network."""
     supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
-    found = [
-        Claim("5a", "supervised invariance fades gradually from the first layers",
-              [Quantity("supervised diagonal, rank correlation with depth, BG1-3",
-                        rank_correlation(supervised[:, :26]), below=0)]),
-        Claim("5c", "robustness is limited up to the last few layers",
-              [Quantity("SimCLR diagonal, BG4 and later - BG1-3",
-                        simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), above=0)])]
+    found = {"5a supervised invariance fades gradually from the first layers": {
+        "supervised diagonal, rank correlation with depth, BG1-3": (
+            rank_correlation(supervised[:, :26]), -math.inf, 0)}}
     if simclr.shape[1] > 32:  # networks from other projects come without a head
-        head = Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)
-        found.insert(1, Claim("5b", "SimCLR's head learns substantial but not total invariance", [head]))
+        found["5b SimCLR's head learns substantial but not total invariance"] = {
+            "SimCLR diagonal, head": (simclr[:, 32:].mean(1), 0.5, 0.95)}
+    found["5c robustness is limited up to the last few layers"] = {
+        "SimCLR diagonal, BG4 and head - BG1-3": (
+            simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 0, math.inf)}
     return found
 
 
@@ -68,8 +70,8 @@ def main():
     if args.replot:
         return replot(args, "fig5", claims, plot)
     study = open_study(args, METHODS)
-    arrays = compare_copies(study, "supervised") | compare_copies(study, "simclr")
-    report(args, "fig5", save_arrays(study, "fig5", arrays), claims, plot)
+    arrays = study.about | compare_copies(study, "supervised") | compare_copies(study, "simclr")
+    report(args, "fig5", arrays, claims, plot)
 
 
 if __name__ == "__main__":
