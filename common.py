@@ -2327,13 +2327,14 @@ FOREIGN = {  # what a state dict does not say about itself: flags for both sides
 def figure_parser(doc):
     """The flags that all figure scripts share."""
     parser, path = Parser(doc), {"type": os.path.expanduser}
-    add = parser.add_argument
+    add = parser.add_argument_group("networks").add_argument
     add("--checkpoints", **path, help=f"folder of *_seed*.pt files (default: {PAPER}, if no files)")
     for method, name in NAMES.items():
         add(f"--{method}", nargs="+", metavar="FILE", **path,
             help="in place of the folder's: checkpoints of this study, or state dicts of a ResNet-50")
         add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
     add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
+    add = parser.add_argument_group("images and measuring").add_argument
     add("--data", **path, help="default: what the networks were trained on; for state dicts: data")
     add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
@@ -2342,15 +2343,14 @@ def figure_parser(doc):
     add("--precision", choices=("float32", "tf32", "float16", "bfloat16"), help="of the Gram matrices' "
         "products; tf32 and float16 on CUDA only (default: the fastest whose CKA error is below 1e-4)")
     add("--memory", type=number(float, above=0), help="GB for CKA (default: four fifths of what is free)")
+    add = parser.add_argument_group("what is written").add_argument
     add("--out", **path, help="folder for .png and .npz (default: figures/<name of the folder or files>)")
     add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
     add("--replot", action="store_true", help="judge and draw again from the .npz in --out, without networks")
     add = parser.add_argument_group("state dicts, which do not say how they want their images").add_argument
     for name, options in FOREIGN.items():
-        flag = name.replace("_", "-")
-        add(f"--{flag}", **options)
-        for method in NAMES:
-            add(f"--{method}-{flag}", **options | {"help": None})
+        for side in ("", "simclr-", "supervised-"):
+            add(f"--{side}{name.replace('_', '-')}", **options)
     return parser
 
 
@@ -2368,19 +2368,12 @@ def figure_folder(args):
     return Path(args.out or Path("figures", name + ("-untrained" if args.untrained else "")))
 
 
-class Study(NamedTuple):
-    """What a figure is made from."""
-
-    args: argparse.Namespace
-    networks: dict  # method -> models in eval mode, by seed or file, each with `settings` and `name`
-    data: Data
-    images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
-    labels: torch.Tensor  # (m,)
-    about: dict  # what the .npz tells of all this
-
-
 def open_study(args, methods):
-    """`Study` of the networks of `methods`; UserError if anything is missing or does not fit together."""
+    """What a figure is made from: ({method: networks}, `Data` with the test images chosen, arrays about it).
+
+    The networks are in eval mode, each with `settings`, `name` and `layers`. UserError if anything is missing
+    or does not fit together.
+    """
     device = pick_device(args.device)
     missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
     if len(missing) == 1 < len(methods):
@@ -2406,11 +2399,11 @@ def open_study(args, methods):
         warn(f"{text}. The title says so")
     order = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))
     chosen = order[:args.samples].sort().values.to(device)
+    data = data._replace(test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
     about = {f"label_{method}": side_label(args, method) for method in methods}
     about |= {"samples": len(chosen), "data": path, "other_images": bool(differ), "untrained": args.untrained,
               "settings": json.dumps(settings)}
-    about = {key: np.array(value) for key, value in about.items()}
-    return Study(args, networks, data, data.test_images[chosen], data.test_labels[chosen], about)
+    return networks, data, {key: np.array(value) for key, value in about.items()}
 
 
 def load_networks(args, method, device):
@@ -2441,13 +2434,9 @@ def load_networks(args, method, device):
             s |= {"epoch": 0, "untrained": True, "seed": seed}
             fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
             model.load_state_dict(fresh.state_dict(), strict=False)  # a state dict's network has no head
+        model.layers = LAYERS + (HEAD if isinstance(model.fc, ProjectionHead) else [])
         models.append(model)
     return models
-
-
-def common_layers(models):
-    """Names of the representations that all of the networks have: 32, or 35 with projection heads."""
-    return LAYERS + (HEAD if all(isinstance(model.fc, ProjectionHead) for model in models) else [])
 
 
 def network_source(model, images, layers=LAYERS, view=None):
@@ -2477,46 +2466,33 @@ def network_source(model, images, layers=LAYERS, view=None):
         x = x.contiguous(memory_format=torch.channels_last)
         stream = stream_representations(model, x, any_order=True)
         del x  # no generator here: its frame would hold on to each layer
-        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in LAYERS + HEAD))
+        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in model.layers))
 
     return [f"{model.name}{note} {layer}" for layer in layers], source
 
 
-def measure(study, sources):
-    """({ending: CKA}, dominance (L,)) as numpy arrays: "" and "_debiased" (L, L), "_left_out" (10, L, L).
-
-    `sources`: as `network_source` gives them; errors (UserError) and warnings name their layers.
-    """
-    args, (names, functions) = study.args, zip(*sources)
-
-    def named(message):
-        return re.sub(r"source (\d+), layer (\d+)", lambda at: names[int(at[1])][int(at[2])], str(message))
-
+def measure(args, m, sources):
+    """({ending of keys: CKA of all layers}, dominance) over m images. Errors and warnings name the layers."""
+    names, functions = zip(*sources)
+    named = functools.partial(re.sub, r"source (\d+), layer (\d+)", lambda at: names[int(at[1])][int(at[2])])
     memory = int(args.memory * 1e9) if args.memory else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = gram_statistics(functions, len(study.images), args.precision, memory, args.batch_size)
+            found = gram_statistics(functions, m, args.precision, memory, args.batch_size)
         except ValueError as error:
-            raise UserError(named(error)) from None
+            raise UserError(named(str(error))) from None
     for warning in caught:
-        warn(named(warning.message))
-    dominance = found.dominance.numpy()
-    few = [name for name, share in zip(itertools.chain(*names), dominance) if share > 0.5]
-    if few:
-        warn(f"1 % of the images carry most of HSIC(K, K), so of the CKA, of {first_names(few)}")
+        warn(named(str(warning.message)))
     cka = {"": found.cka, "_debiased": found.debiased_cka, "_left_out": found.left_out.float()}
-    return {ending: values.numpy() for ending, values in cka.items()}, dominance
+    return {ending: values.numpy() for ending, values in cka.items()}, found.dominance.numpy()
 
 
 def pair_matrices(cka, rows, columns=None):
-    """CKA (..., 32 S, 32 S) of S networks as (..., P, 32, 32), a matrix for each pair of them.
-
-    Pairs of one of `rows` with one of `columns`, or of two of `rows`; a single one is paired with itself.
-    """
-    pairs = itertools.product(rows, columns) if columns else itertools.combinations(rows, 2)
-    return np.stack([cka[..., 32 * i:32 * i + 32, 32 * j:32 * j + 32]
-                     for i, j in list(pairs) or [(rows[0], rows[0])]], -3)
+    """(..., P, 32, 32) of CKA (..., 32 S, 32 S): networks `rows` with `columns`, or all pairs of `rows`."""
+    pairs = list(itertools.product(rows, columns) if columns else itertools.combinations(rows, 2))
+    pairs = pairs or [(rows[0], rows[0])]  # a single one with itself
+    return np.stack([cka[..., 32 * i:32 * i + 32, 32 * j:32 * j + 32] for i, j in pairs], -3)
 
 
 def rank_correlation(values):
@@ -2534,31 +2510,33 @@ def by_estimator(arrays, debiased):
 
 
 def judge(claims, arrays, debiased=False):
-    """{claim: (verdict, [(quantity, values, standard error of their mean over images)])} by one estimator.
+    """{claim: (verdict, its numbers in words, its means)} by one estimator.
 
     `claims(arrays)`: {claim: {quantity: (values, low, high)}}, a value per pair or network. A quantity holds
     if its mean is between low and high by more than the spread; of fewer than three values, if each is, and
-    the mean by two standard errors, where known (else NaN). The least favourable quantity decides.
+    the mean by two standard errors over images, where known. The least favourable quantity decides.
     """
     # The errors are those of biased CKA for both estimators: only this is measured without each tenth.
+    left_out = [key for key in arrays if f"{key}_left_out" in arrays]
     unknown = {key: values + math.nan for key, values in arrays.items() if values.dtype.kind == "f"}
-    tenths = []
-    for i in range(10):
-        left_out = {key: arrays[f"{key}_left_out"][i] for key in arrays if f"{key}_left_out" in arrays}
-        some = claims(arrays | unknown | left_out).values()
-        tenths.append([values.mean() for quantities in some for values, _, _ in quantities.values()])
-    errors, judged = iter(jackknife(torch.tensor(tenths, dtype=torch.float64)).tolist()), {}
+    tenths = [claims(arrays | unknown | {key: arrays[f"{key}_left_out"][i] for key in left_out})
+              for i in range(10)]
+    judged = {}
     for claim, quantities in claims(by_estimator(arrays, debiased)).items():
-        numbers, signs = [], []
+        texts, means, signs = [], [], []
         for quantity, (values, low, high) in quantities.items():
-            numbers.append((quantity, values, next(errors)))
-            margin = np.minimum(values - low, high - values)
+            ten = torch.tensor([some[claim][quantity][0].mean() for some in tenths], dtype=torch.float64)
+            error = jackknife(ten).item()
+            known = "" if math.isnan(error) else f" [{error:.2g}]"
+            texts.append(f"{quantity} {values.mean():.3f} +- {values.std():.3f}{known}")
+            means.append(f"{values.mean():.3f}")
+            margin, few = np.minimum(values - low, high - values), len(values) < 3
             if not np.isinf(margin).all():  # one without bounds is only reported
-                few = len(margin) < 3
-                doubt = 2 * np.nan_to_num(numbers[-1][2]) if few else margin.std()
+                doubt = 2 * np.nan_to_num(error) if few else margin.std()
                 likely = [margin.mean() - doubt, margin.mean() + doubt, *(margin if few else ())]
                 signs.append(int(np.min(likely) > 0) - int(np.max(likely) < 0))  # of NaN neither
-        judged[claim] = ("does not hold", "undecided", "holds")[min(signs) + 1], numbers
+        verdict = ("does not hold", "undecided", "holds")[min(signs) + 1]
+        judged[claim] = verdict, f"{', '.join(texts)} (n = {len(values)})", " ".join(means)
     return judged
 
 
@@ -2591,19 +2569,14 @@ def report(args, name, arrays, claims, plot):
     shown, rest = ("debiased", "biased") if args.debiased else ("biased", "debiased")
     print(f"{shown} CKA: mean +- spread over n pairs or networks [standard error over images, where known]")
     others, by_other = [], judge(claims, arrays, not args.debiased)
-    for claim, (verdict, numbers) in judge(claims, arrays, args.debiased).items():
-        texts = []
-        for quantity, values, error in numbers:
-            error = "" if math.isnan(error) else f" [{error:.2g}]"
-            texts.append(f"{quantity} {values.mean():.3f} +- {values.std():.3f}{error}")
-        text = f"{', '.join(texts)} (n = {len(numbers[0][1])})"
-        other_verdict, numbers = by_other[claim]
-        others.append(" ".join([claim[:2], *(f"{values.mean():.3f}" for _, values, _ in numbers)]))
+    for claim, (verdict, numbers, _) in judge(claims, arrays, args.debiased).items():
+        other_verdict, _, means = by_other[claim]
+        others.append(f"{claim[:2]} {means}")
         if ours:
-            print(f"{claim} | {text} | {verdict}")
+            print(f"{claim} | {numbers} | {verdict}")
             others[-1] += "" if verdict == other_verdict else f" {other_verdict.upper()}"
         else:
-            print(claim[:2], re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], text))
+            print(claim[:2], re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], numbers))
     print(f"{rest} CKA: {', '.join(others)}")
     if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
@@ -2614,7 +2587,8 @@ def report(args, name, arrays, claims, plot):
              f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
         figure = plot(by_estimator(arrays, args.debiased) | {"debiased": args.debiased})
-        write_atomically(f"{path}.png", lambda file: figure.savefig(file, dpi=150, bbox_inches="tight"))
+        save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
+        write_atomically(f"{path}.png", save)
     plt.close(figure)
     print(f"drew {path}.png ({arrays['samples']} test images, {shown} CKA)")
 
@@ -2634,7 +2608,7 @@ def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):
         image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         mark_block_groups(ax, len(matrix), both=True)
-    label = "debiased linear CKA" if debiased else "linear CKA"
+    label = ("debiased " if debiased else "") + "linear CKA"
     ax.figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
 
 

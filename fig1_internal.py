@@ -11,7 +11,6 @@ images. Judges claims 1a-1c or 4a-4c.
 """
 
 import functools
-import math
 
 import numpy as np
 
@@ -21,11 +20,11 @@ from common import (EVEN, LAYERS, NAMES, ODD, SAME_GROUP, UserError, cka_heatmap
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
 
 
-def compare_seeds(study, models):
+def compare_seeds(args, models, images):
     """The arrays of the figure: rows the layers of one seed, columns of another."""
-    cka, dominance = measure(study, [network_source(model, study.images) for model in models])
-    arrays = study.about | {"layers": np.array(LAYERS), "dominance": dominance.reshape(-1, 32),
-                            "networks": np.array([model.name for model in models])}
+    cka, dominance = measure(args, len(images), [network_source(model, images) for model in models])
+    arrays = {"layers": np.array(LAYERS), "networks": np.array([model.name for model in models]),
+              "dominance": dominance.reshape(-1, 32)}
     for ending, values in cka.items():
         arrays[f"pairs{ending}"] = pair_matrices(values, range(len(models)))
     for ending in ("", "_debiased"):
@@ -48,12 +47,12 @@ def claims(method, arrays):
     groups = mean_over(pairs, SAME_GROUP & ~np.eye(32, dtype=bool)) - mean_over(pairs, ~SAME_GROUP)
     return {
         f"{number}a {name}: neighbouring even layers are similar, odd ones are not": {
-            "neighbours, even - odd": (neighbours, 0, math.inf)},
+            "neighbours, even - odd": (neighbours, 0, np.inf)},
         f"{number}b {name}: odd layers are similar largely only to themselves": {
-            "odd, diagonal - rest": (itself["odd"], 0, math.inf),
-            "more than even by": (itself["odd"] - itself["even"], 0, math.inf)},
+            "odd, diagonal - rest": (itself["odd"], 0, np.inf),
+            "more than even by": (itself["odd"] - itself["even"], 0, np.inf)},
         f"{number}c {name}: similarity is higher within block groups than across": {
-            "block groups, within - across": (groups, 0, math.inf)}}
+            "block groups, within - across": (groups, 0, np.inf)}}
 
 
 def plot(method, arrays):
@@ -85,11 +84,11 @@ def main():
     judge_and_draw = functools.partial(claims, method), functools.partial(plot, method)
     if args.replot:
         return replot(args, name, *judge_and_draw)
-    study = open_study(args, [method])
-    models = study.networks[method]
-    if len(models) == 1:
+    networks, data, about = open_study(args, [method])
+    if len(networks[method]) == 1:
         print("only one network: this compares it with itself, which the paper avoids; train another seed")
-    report(args, name, compare_seeds(study, models), *judge_and_draw)
+    arrays = about | compare_seeds(args, networks[method], data.test_images)
+    report(args, name, arrays, *judge_and_draw)
 
 
 if __name__ == "__main__":

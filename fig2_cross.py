@@ -12,8 +12,6 @@ debiased CKA, `pairs*_left_out` (10, P, 32, 32) without each tenth of the images
 4d.
 """
 
-import math
-
 import numpy as np
 
 from common import (EVEN, GROUP, LAYERS, ODD, SAME_GROUP, cka_heatmaps, depth_lines, figure_parser,
@@ -23,13 +21,13 @@ from common import (EVEN, GROUP, LAYERS, ODD, SAME_GROUP, cka_heatmaps, depth_li
 METHODS = ["simclr", "supervised"]  # rows and columns
 
 
-def compare_methods(study):
+def compare_methods(args, networks, images):
     """The arrays of the figure: rows the layers of a SimCLR network, columns of a supervised one."""
-    models = study.networks["simclr"] + study.networks["supervised"]
-    cka, dominance = measure(study, [network_source(model, study.images) for model in models])
-    split, dominance = len(study.networks["simclr"]), dominance.reshape(-1, 32)
-    arrays = study.about | {"layers": np.array(LAYERS), "dominance_simclr": dominance[:split],
-                            "dominance_supervised": dominance[split:]}
+    models = networks["simclr"] + networks["supervised"]
+    cka, dominance = measure(args, len(images), [network_source(model, images) for model in models])
+    split, dominance = len(networks["simclr"]), dominance.reshape(-1, 32)
+    arrays = {"layers": np.array(LAYERS), "dominance_simclr": dominance[:split],
+              "dominance_supervised": dominance[split:]}
     simclr, supervised = range(split), range(split, len(models))
     for ending, values in cka.items():
         arrays[f"pairs{ending}"] = pair_matrices(values, simclr, supervised)
@@ -70,23 +68,23 @@ def claims(arrays):
     across = {method: arrays[f"pairs_{method}"][:both, ~SAME_GROUP].mean(1) for method in METHODS}
     return {
         "2a common primitives: odd layers are similar in BG1": {
-            "odd diagonal, BG1 - BG2-4": (early - later, 0, math.inf)},
+            "odd diagonal, BG1 - BG2-4": (early - later, 0, np.inf)},
         "2b dissimilar residuals beyond BG1": {
-            "odd diagonal, ratio BG2-4 / BG1": (later / early, -math.inf, 0.5),
-            "BG2-4": (later, -math.inf, math.inf)},
+            "odd diagonal, ratio BG2-4 / BG1": (later / early, -np.inf, 0.5),
+            "BG2-4": (later, -np.inf, np.inf)},
         "2c even layers are similar along the diagonal": {
-            "diagonal, even BG1-3 - odd BG2-3": (similar, 0, math.inf)},
+            "diagonal, even BG1-3 - odd BG2-3": (similar, 0, np.inf)},
         "2d stalling: entering a block group SimCLR stays with layers of the one just left": {
-            "groups of 3 entered behind": (stalled, 1.5, math.inf)},
+            "groups of 3 entered behind": (stalled, 1.5, np.inf)},
         "2e catching up later in the group": {
-            "most similar layer towards the diagonal, BG2": ((last - first)[:, 0], 0, math.inf),
-            "BG3": ((last - first)[:, 1], 0, math.inf)},
+            "most similar layer towards the diagonal, BG2": ((last - first)[:, 0], 0, np.inf),
+            "BG3": ((last - first)[:, 1], 0, np.inf)},
         "2f rapid divergence in the final block group": {
-            "even diagonal, fall over BG4": (fall4, 0, math.inf),
-            "more than over BG3 by": (fall4 - fall3, 0, math.inf)},
+            "even diagonal, fall over BG4": (fall4, 0, np.inf),
+            "more than over BG3 by": (fall4 - fall3, 0, np.inf)},
         "4d SimCLR disagrees even more across block groups than supervision": {
             "across block groups, supervised - SimCLR": (across["supervised"] - across["simclr"], 0,
-                                                         math.inf)}}
+                                                         np.inf)}}
 
 
 def plot(arrays):
@@ -116,8 +114,8 @@ def main():
     args = figure_parser(__doc__).parse_args()
     if args.replot:
         return replot(args, "fig2", claims, plot)
-    study = open_study(args, METHODS)
-    report(args, "fig2", compare_methods(study), claims, plot)
+    networks, data, about = open_study(args, METHODS)
+    report(args, "fig2", about | compare_methods(args, networks, data.test_images), claims, plot)
 
 
 if __name__ == "__main__":

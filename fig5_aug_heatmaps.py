@@ -10,24 +10,21 @@ fig5.*: `supervised` (32, 32), `simclr` (35, 35), `networks_*` (S, ...), `layers
 Judges claims 5a-5c.
 """
 
-import math
-
 import numpy as np
 
-from common import (cka_heatmaps, common_layers, figure_parser, measure, network_source, new_figure,
-                    open_study, rank_correlation, replot, report, user_errors)
+from common import (cka_heatmaps, figure_parser, measure, network_source, new_figure, open_study,
+                    rank_correlation, replot, report, user_errors)
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
 
-def compare_copies(study, method):
+def compare_copies(args, models, images, method):
     """The arrays of one panel: rows the layers for the first copy of the images, columns for the second."""
-    models = study.networks[method]
-    layers = common_layers(models)
+    layers = min((model.layers for model in models), key=len)
     n, matrices, dominances = len(layers), {}, []
     for model in models:
-        copies = [network_source(model, study.images, layers, view) for view in (0, 1)]
-        cka, dominance = measure(study, copies)
+        copies = [network_source(model, images, layers, view) for view in (0, 1)]
+        cka, dominance = measure(args, len(images), copies)
         for ending, values in cka.items():
             matrices.setdefault(ending, []).append(values[..., :n, n:])
         dominances.append(dominance.reshape(2, n).max(0))
@@ -43,13 +40,13 @@ def claims(arrays):
     supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
     found = {"5a supervised invariance fades gradually from the first layers": {
         "supervised diagonal, rank correlation with depth, BG1-3": (
-            rank_correlation(supervised[:, :26]), -math.inf, 0)}}
+            rank_correlation(supervised[:, :26]), -np.inf, 0)}}
     if simclr.shape[1] > 32:  # networks from other projects come without a head
         found["5b SimCLR's head learns substantial but not total invariance"] = {
             "SimCLR diagonal, head": (simclr[:, 32:].mean(1), 0.5, 0.95)}
     found["5c robustness is limited up to the last few layers"] = {
         "SimCLR diagonal, BG4 and head - BG1-3": (
-            simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 0, math.inf)}
+            simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 0, np.inf)}
     return found
 
 
@@ -69,8 +66,9 @@ def main():
     args = figure_parser(__doc__).parse_args()
     if args.replot:
         return replot(args, "fig5", claims, plot)
-    study = open_study(args, METHODS)
-    arrays = study.about | compare_copies(study, "supervised") | compare_copies(study, "simclr")
+    networks, data, arrays = open_study(args, METHODS)
+    for method, models in networks.items():
+        arrays |= compare_copies(args, models, data.test_images, method)
     report(args, "fig5", arrays, claims, plot)
 
 
