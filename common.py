@@ -2369,16 +2369,11 @@ def figure_folder(args):
 
 
 def open_study(args, methods):
-    """What a figure is made from: ({method: networks}, `Data` with the test images chosen, arrays about it).
+    """({method: networks}, `Data` with the test images chosen, arrays that say what a figure is made from).
 
-    The networks are in eval mode, each with `settings`, `name` and `layers`. UserError if anything is missing
-    or does not fit together.
+    Networks are in eval mode and have `settings`, `name` and `layers`. UserError if something does not fit.
     """
     device = pick_device(args.device)
-    missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
-    if len(missing) == 1 < len(methods):
-        raise UserError(f"one side only: give --{missing[0]} FILE... too, or --checkpoints FOLDER; "
-                        "fig1_internal.py compares the networks of one side with each other")
     writable_folder(figure_folder(args))
     networks = {method: load_networks(args, method, device) for method in methods}
     settings = {method: [model.settings for model in models] for method, models in networks.items()}
@@ -2408,12 +2403,15 @@ def open_study(args, methods):
 
 def load_networks(args, method, device):
     """The networks of one side: its files in their order, or --checkpoints/<method>_seed*.pt by seed."""
-    files, folder = getattr(args, method), Path(args.checkpoints or PAPER)
-    found = [path for path in folder.glob("*.pt") if re.fullmatch(rf"{method}_seed\d+", path.stem)]
-    paths = [Path(path) for path in files or sorted(found, key=lambda path: (len(path.name), path.name))]
+    files = getattr(args, method)
+    folder = args.checkpoints or (None if args.simclr or args.supervised else PAPER)
+    paths = [Path(file) for file in files or []]
+    if folder and not files:
+        found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(rf"{method}_seed\d+", path.stem)]
+        paths = sorted(found, key=lambda path: (len(path.name), path.name))
     if not paths:
-        raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
-                        f"`python train_{method}.py --out {folder}`")
+        raise UserError(f"--{method}: neither files nor {method}_seed*.pt in --checkpoints ({folder}), which "
+                        f"train_{method}.py writes; networks of one side alone are for fig1_internal.py")
     own = {name: getattr(args, f"{method}_{name}") for name in FOREIGN}
     options = {name: getattr(args, name) if value is None else value for name, value in own.items()}
     given = [name.replace("_", "-") for name, value in options.items() if value is not None]
@@ -2442,8 +2440,7 @@ def load_networks(args, method, device):
 def network_source(model, images, layers=LAYERS, view=None):
     """(names for messages, source for `gram_statistics`) of the representations `layers` of a network.
 
-    It sees `images` through its test pipeline, or for `view` 0 or 1 one of two copies, augmented as in its
-    training and the same for all networks of a method.
+    It sees `images`, or for `view` 0 or 1 a copy augmented as in training, alike for all of a method.
     """
     s, size, note, params = model.settings, model.settings["image_size"], "", None
     if view is not None:
@@ -2503,14 +2500,8 @@ def rank_correlation(values):
         return ranks @ depth / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
-def by_estimator(arrays, debiased):
-    """`arrays` with one estimator's values under the plain keys."""
-    ending = "_debiased" if debiased else ""
-    return arrays | {key: arrays[key + ending] for key in arrays if key + ending in arrays}
-
-
-def judge(claims, arrays, debiased=False):
-    """{claim: (verdict, its numbers in words, its means)} by one estimator.
+def judge(claims, arrays):
+    """{claim: (verdict, its numbers in words, its means)} from the values under the plain keys.
 
     `claims(arrays)`: {claim: {quantity: (values, low, high)}}, a value per pair or network. A quantity holds
     if its mean is between low and high by more than the spread; of fewer than three values, if each is, and
@@ -2522,7 +2513,7 @@ def judge(claims, arrays, debiased=False):
     tenths = [claims(arrays | unknown | {key: arrays[f"{key}_left_out"][i] for key in left_out})
               for i in range(10)]
     judged = {}
-    for claim, quantities in claims(by_estimator(arrays, debiased)).items():
+    for claim, quantities in claims(arrays).items():
         texts, means, signs = [], [], []
         for quantity, (values, low, high) in quantities.items():
             ten = torch.tensor([some[claim][quantity][0].mean() for some in tenths], dtype=torch.float64)
@@ -2546,7 +2537,7 @@ def replot(args, name, claims, plot):
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        report(args, name, arrays, claims, plot)
+        report(args, name, claims, plot, arrays)
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
@@ -2554,7 +2545,7 @@ def replot(args, name, claims, plot):
                         "folder with --out, or draw anew") from None
 
 
-def report(args, name, arrays, claims, plot):
+def report(args, name, claims, plot, arrays):
     """Writes <out>/<name>.npz, prints `claims(arrays)` by both estimators, draws `plot(arrays)`: <name>.png.
 
     Verdicts are for checkpoints of this study; networks of others get the same numbers under their labels.
@@ -2566,10 +2557,12 @@ def report(args, name, arrays, claims, plot):
     labels = {method: str(arrays[f"label_{method}"]) for method in settings}
     networks = [(method, s) for method, side in settings.items() for s in side]
     ours = all("preset" in s and s["method"] == method for method, s in networks)
+    debiased = {key: arrays[f"{key}_debiased"] for key in arrays if f"{key}_debiased" in arrays}
+    estimators = {"biased": arrays, "debiased": arrays | debiased}
     shown, rest = ("debiased", "biased") if args.debiased else ("biased", "debiased")
     print(f"{shown} CKA: mean +- spread over n pairs or networks [standard error over images, where known]")
-    others, by_other = [], judge(claims, arrays, not args.debiased)
-    for claim, (verdict, numbers, _) in judge(claims, arrays, args.debiased).items():
+    others, by_other = [], judge(claims, estimators[rest])
+    for claim, (verdict, numbers, _) in judge(claims, estimators[shown]).items():
         other_verdict, _, means = by_other[claim]
         others.append(f"{claim[:2]} {means}")
         if ours:
@@ -2581,12 +2574,12 @@ def report(args, name, arrays, claims, plot):
     if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
     if arrays["samples"] < 500 and not args.debiased:
-        key = next(key for key in arrays if f"{key}_debiased" in arrays)
-        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
+        key = next(iter(debiased))
         warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
-             f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
+             f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
+             "more images")
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
-        figure = plot(by_estimator(arrays, args.debiased) | {"debiased": args.debiased})
+        figure = plot(estimators[shown] | {"debiased": args.debiased})
         save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
         write_atomically(f"{path}.png", save)
     plt.close(figure)

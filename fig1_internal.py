@@ -38,7 +38,7 @@ def mean_over(matrices, mask):
 
 
 def claims(method, arrays):
-    """Claims 1a-1c or 4a-4c, each quantity per pair of networks."""
+    """Claims 1a-1c or 4a-4c: {claim: {quantity: (a value per pair of networks, low, high)}}."""
     pairs, name, number = arrays["pairs"], NAMES[method], NUMBERS[method]
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     i, j = np.indices((16, 16))
@@ -80,15 +80,13 @@ def main():
     if getattr(args, other_method):
         raise UserError(f"--{other_method}: this figure is of {NAMES[method]} networks only; leave it out, "
                         f"or give --method {other_method}")
-    name = f"fig{NUMBERS[method]}"
-    judge_and_draw = functools.partial(claims, method), functools.partial(plot, method)
+    figure = f"fig{NUMBERS[method]}", functools.partial(claims, method), functools.partial(plot, method)
     if args.replot:
-        return replot(args, name, *judge_and_draw)
+        return replot(args, *figure)
     networks, data, about = open_study(args, [method])
     if len(networks[method]) == 1:
         print("only one network: this compares it with itself, which the paper avoids; train another seed")
-    arrays = about | compare_seeds(args, networks[method], data.test_images)
-    report(args, name, arrays, *judge_and_draw)
+    report(args, *figure, about | compare_seeds(args, networks[method], data.test_images))
 
 
 if __name__ == "__main__":

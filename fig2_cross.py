@@ -53,7 +53,7 @@ def most_similar(matrices):
 
 
 def claims(arrays):
-    """Claims 2a-2f and 4d, each quantity per pair of networks. Claims count layers from 1, indices from 0."""
+    """Claims 2a-2f and 4d: {claim: {quantity: (a value per pair of networks, low, high)}}. Indices from 0."""
     pairs = arrays["pairs"]
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     diag_odd, diag_even = (m.diagonal(axis1=1, axis2=2) for m in (odd, even))
@@ -115,7 +115,7 @@ def main():
     if args.replot:
         return replot(args, "fig2", claims, plot)
     networks, data, about = open_study(args, METHODS)
-    report(args, "fig2", about | compare_methods(args, networks, data.test_images), claims, plot)
+    report(args, "fig2", claims, plot, about | compare_methods(args, networks, data.test_images))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def rises(arrays, key, tolerance):
 
 
 def claims(arrays):
-    """Claims 3a-3h, per network; methods are compared seed by seed. Indices count from 0."""
+    """Claims 3a-3h: {claim: {quantity: (a value per network, low, high)}}; methods compared seed by seed."""
     simclr, supervised = arrays["invariance_simclr"], arrays["invariance_supervised"]
     seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
     ahead = simclr[:seeds, :16] - supervised[:seeds, :16]  # of SimCLR in invariance
@@ -206,7 +206,7 @@ def main():
         raise UserError(f"--probe-images {args.probe_images or 2}: the training set has fewer images")
     for method, models in networks.items():
         arrays |= measure_method(args, models, data, method)
-    report(args, "fig3", arrays, claims, plot)
+    report(args, "fig3", claims, plot, arrays)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def compare_copies(args, models, images, method):
 
 
 def claims(arrays):
-    """Claims 5a-5c, each quantity per network."""
+    """Claims 5a-5c: {claim: {quantity: (a value per network, low, high)}}."""
     supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
     found = {"5a supervised invariance fades gradually from the first layers": {
         "supervised diagonal, rank correlation with depth, BG1-3": (
@@ -69,7 +69,7 @@ def main():
     networks, data, arrays = open_study(args, METHODS)
     for method, models in networks.items():
         arrays |= compare_copies(args, models, data.test_images, method)
-    report(args, "fig5", arrays, claims, plot)
+    report(args, "fig5", claims, plot, arrays)
 
 
 if __name__ == "__main__":
