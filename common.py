@@ -2384,11 +2384,9 @@ def open_study(args, methods):
     differ = [s for s in trained if s["classes"] != data.classes
               or abs(numbers - [s["mean"], s["std"]]).max() > 1e-3]
     for s in differ[:1]:  # these would judge the claims on images that nobody chose
-        text = "other images than the training's"
-        for where, classes, some in ((s["data"], s["classes"], [s["mean"], s["std"]]),
-                                     (path, data.classes, numbers)):
-            text += (f"; {where}: {len(classes)} classes ({first_names(classes, 3)}), mean and deviation of "
-                     f"the channels {np.round(some, 3).tolist()}")
+        text = (f"other images than the training's: {path} has classes {first_names(data.classes, 3)}, mean "
+                f"and deviation of the channels {numbers.round(3).tolist()}; {s['data']} had the classes "
+                f"{first_names(s['classes'], 3)} and {np.round([s['mean'], s['std']], 3).tolist()}")
         if not args.data:
             raise UserError(f"{text}. Give the right folder with --data, or --data {path} if you mean these")
         warn(f"{text}. The title says so")
