@@ -1863,7 +1863,7 @@ def test_figures_of_files():
     """State dicts give what their checkpoints give, each side by its own flags, and get no verdicts."""
     found, want = {}, tiny_figures()[1]
     with temporary_folder() as folder:
-        flags = ["--data", tiny_data(), "--image-size", 16, "--simclr-label", "A$", "--batch-size", 16,
+        flags = ["--data", tiny_data(), "--image-size", 16, "--simclr-label", r"A$\q", "--batch-size", 16,
                  "--mean", 0, 0, 0, "--std", 1, 1, 1]
         for seed, side in enumerate(METHODS):  # two supervised networks, which want to see other numbers
             checkpoint = torch.load(tiny_checkpoints() / f"supervised_seed{seed}.pt", weights_only=True)
@@ -1874,7 +1874,7 @@ def test_figures_of_files():
         for name in ("fig2", "fig3"):
             found[name], out, _ = draw(name, folder, *flags)
             assert "holds" not in out and "SimCLR" not in out and "A$" in out, f"{name} prints {out}"
-    assert [found["fig2"][f"label_{method}"] for method in METHODS] == ["A$", "supervised $1, b"]
+    assert [found["fig2"][f"label_{method}"] for method in METHODS] == [r"A$\q", "supervised $1, b"]
     assert_close(found["fig2"]["pairs"], want["fig4"]["pairs"], 1e-5, "Figure 2")
     for key in ("probe", "class_cka"):
         value = want["fig3"][f"{key}_supervised"][:1]
@@ -1886,7 +1886,7 @@ def test_figures_of_files():
 def test_figures_refused():
     """What does not fit is one line that says what to do; other images than training's only on purpose."""
     ours, theirs = (tiny_checkpoints() / f"{method}_seed0.pt" for method in METHODS)
-    with temporary_folder() as folder:
+    with temporary_folder() as folder, mock.patch.object(common, "PAPER", tiny_checkpoints()):
         other, moved = write_images(folder / "other", rng(), train=6, test=6), folder / "moved.pt"
         content = torch.load(ours, weights_only=True)
         content["settings"]["data"] = str(other)
