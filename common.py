@@ -2335,7 +2335,7 @@ def figure_parser(doc):
         add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
     add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
     add = parser.add_argument_group("images and measuring").add_argument
-    add("--data", **path, help="default: what the networks were trained on; for state dicts: data")
+    add("--data", **path, help="as in training (default: that of the networks; for state dicts: data)")
     add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
@@ -2377,7 +2377,11 @@ def open_study(args, methods):
     writable_folder(figure_folder(args))
     networks = {method: load_networks(args, method, device) for method in methods}
     settings = {method: [model.settings for model in models] for method, models in networks.items()}
-    trained = [s for side in settings.values() for s in side if s["data"]]
+    every = [s for side in settings.values() for s in side]
+    for name in ("stem", "image_size"):
+        if len({s[name] for s in every}) > 1:
+            warn(f"networks differ in {name}: {', '.join(sorted({str(s[name]) for s in every}))}")
+    trained = [s for s in every if s["data"]]
     path = args.data or (trained[0]["data"] if trained else "data")
     data = load_data(path, device, args.download)
     numbers = np.array(channel_statistics(data.train_images))
