@@ -2163,7 +2163,7 @@ def _progress(total):
 # ============================================================================================================
 # What the figure scripts share, in the order of use: command line, networks and images, measuring, claims and
 # their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2), `<key>_debiased`
-# the other, and `<key>_left_out` ten of them, each measured without one tenth of the images.
+# the other, and `<key>_left_out` ten of the biased one, each measured without one tenth of the images.
 
 LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
           for kind in ("odd", "even")]
@@ -2183,420 +2183,270 @@ FOREIGN = {  # what a state dict does not say about itself: flags for both sides
 
 def figure_parser(doc):
     """The flags that all figure scripts share."""
-    parser = Parser(doc)
+    parser, path = Parser(doc), {"type": os.path.expanduser}
     add = parser.add_argument_group("networks").add_argument
-    add("--checkpoints", type=os.path.expanduser,
-        help=f"folder of *_seed*.pt files (default: {PAPER}, if no files)")
+    add("--checkpoints", **path, help=f"folder of *_seed*.pt files (default: {PAPER}, if no files)")
     for method, name in NAMES.items():
-        add(f"--{method}", nargs="+", metavar="FILE", type=os.path.expanduser,
+        add(f"--{method}", nargs="+", metavar="FILE", **path,
             help="in place of the folder's: checkpoints of this study, or state dicts of a ResNet-50")
         add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
     add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
     add = parser.add_argument_group("images and measuring").add_argument
-    add("--data", type=os.path.expanduser,
-        help="as in training (default: what the networks were trained on; for state dicts: data)")
+    add("--data", **path, help="as in training (default: that of the networks; for state dicts: data)")
     add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
     add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
     add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
-    add("--precision", choices=("float32", "tf32", "float16", "bfloat16"),
-        help="of the Gram matrices' products; tf32 and float16 on CUDA only (default: the fastest whose CKA "
-             "error is below 1e-4; below 512 images float32)")
-    add("--memory", type=number(float, above=0),
-        help="GB on the device for CKA, beside a forward pass (default: four fifths of what is free)")
+    add("--precision", choices=("float32", "tf32", "float16", "bfloat16"), help="of the Gram matrices' "
+        "products; tf32 and float16 on CUDA only (default: the fastest whose CKA error is below 1e-4)")
+    add("--memory", type=number(float, above=0), help="GB for CKA (default: four fifths of what is free)")
     add = parser.add_argument_group("what is written").add_argument
-    add("--out", type=os.path.expanduser,
-        help="folder for .png and .npz (default: figures/<name of the checkpoint folder or files>)")
+    add("--out", **path, help="folder for .png and .npz (default: figures/<name of the folder or files>)")
     add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
     add("--replot", action="store_true", help="judge and draw again from the .npz in --out, without networks")
-    group = parser.add_argument_group("state dicts, which do not say how they want their images")
+    add = parser.add_argument_group("state dicts, which do not say how they want their images").add_argument
     for name, options in FOREIGN.items():
-        flag = name.replace("_", "-")
-        group.add_argument(f"--{flag}", **options)
-        for method in NAMES:
-            group.add_argument(f"--{method}-{flag}", **options | {"help": None})
+        for side in ("", "simclr-", "supervised-"):
+            add(f"--{side}{name.replace('_', '-')}", **options)
     return parser
-
-
-def without_ending(path):
-    """The name of a checkpoint file without .pt, .pth.tar and the like."""
-    return re.sub(r"(\.(pt|pth|tar|ckpt|bin))+$", "", Path(path).name)
 
 
 def side_label(args, method):
     """What a figure calls the networks of one side."""
-    given, files = getattr(args, f"{method}_label"), getattr(args, method)
-    if given or not files:
-        return given or NAMES[method]
-    return without_ending(files[0]) + (f" and {len(files) - 1} more" if files[1:] else "")
+    files = [Path(file).stem.removesuffix(".pth") for file in getattr(args, method) or []]
+    return getattr(args, f"{method}_label") or first_names(files, most=1) or NAMES[method]
 
 
 def figure_folder(args):
     """The folder of a figure's files; a default one has no spaces, commas or the like in its name."""
-    if args.out:
-        return Path(args.out)
-    name = "-".join(side_label(args, method) for method in NAMES if getattr(args, method))
-    name = name or Path(args.checkpoints or PAPER).resolve().name
+    sides = [side_label(args, method) for method in NAMES if getattr(args, method)]
+    name = "-".join(sides) or Path(args.checkpoints or PAPER).resolve().name
     name = re.sub(r"[^\w.-]+", "_", name).strip("._-")[:100] or "figures"
-    return Path("figures") / (name + ("-untrained" if args.untrained else ""))
-
-
-class Study(NamedTuple):
-    """What a figure is made from: networks per method in the order of their seeds, and the test images."""
-
-    args: object
-    networks: dict  # method -> list of models in eval mode, each with its `settings` and `name`
-    data: Data
-    data_path: str
-    other_images: bool  # than those of the networks' training
-    images: torch.Tensor  # uint8 (m, 3, h, w), the test images used
-    labels: torch.Tensor  # (m,)
+    return Path(args.out or Path("figures", name + ("-untrained" if args.untrained else "")))
 
 
 def open_study(args, methods):
-    """`Study` of the networks of `methods`; UserError if anything is missing or does not fit together."""
+    """({method: networks}, `Data` with the test images chosen, arrays that say what a figure is made from).
+
+    Networks are in eval mode and have `settings`, `name` and `layers`. UserError if something does not fit.
+    """
     device = pick_device(args.device)
-    missing = [method for method in methods if not (getattr(args, method) or args.checkpoints)]
-    if len(missing) == 1 < len(methods):
-        raise UserError(f"one side only: give --{missing[0]} FILE... too, or --checkpoints FOLDER; "
-                        "to compare the networks of one side with each other, use fig1_internal.py")
-    if len({side_label(args, method) for method in methods}) < len(methods):
-        raise UserError(f"both sides are called {side_label(args, methods[0])}: tell them apart with "
-                        "--simclr-label and --supervised-label")
-    networks = {method: load_networks(args, method, device) for method in methods}
-    together = [model for models in networks.values() for model in models]
-    for side, models in [("", together), *networks.items()]:
-        flags = [f"{side}_{name}".strip("_") for name in FOREIGN]
-        given = [flag.replace("_", "-") for flag in flags if getattr(args, flag) is not None]
-        if given and all("preset" in model.settings for model in models):
-            raise UserError(f"--{given[0]} is for state dicts; leave it out, these checkpoints know theirs")
-    settings = [model.settings for model in together]
-    for name in ("stem", "image_size", "data"):
-        values = sorted({str(s[name]) for s in settings if s[name]})
-        if len(values) > 1:
-            warn(f"networks differ in {name}: {', '.join(values)}")
-    data, path, other_images = figure_data(args, settings, device)
-    total = len(data.test_images)
-    if args.samples and args.samples > total:
-        raise UserError(f"--samples {args.samples}: the test set has {total} images")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    chosen = order[:args.samples or total].sort().values.to(device)
     writable_folder(figure_folder(args))
-    return Study(args, networks, data, path, other_images, data.test_images[chosen], data.test_labels[chosen])
+    networks = {method: load_networks(args, method, device) for method in methods}
+    settings = {method: [model.settings for model in models] for method, models in networks.items()}
+    every = [s for side in settings.values() for s in side]
+    for name in ("stem", "image_size"):
+        if len({s[name] for s in every}) > 1:
+            warn(f"networks differ in {name}: {', '.join(sorted({str(s[name]) for s in every}))}")
+    trained = [s for s in every if s["data"]]
+    path = args.data or (trained[0]["data"] if trained else "data")
+    data = load_data(path, device, args.download)
+    numbers = np.array(channel_statistics(data.train_images))
+    differ = [s for s in trained if s["classes"] != data.classes
+              or abs(numbers - [s["mean"], s["std"]]).max() > 1e-3]
+    for s in differ[:1]:  # these would judge the claims on images that nobody chose
+        text = (f"other images than the training's: {path} has classes {first_names(data.classes, 3)}, mean "
+                f"and deviation of the channels {numbers.round(3).tolist()}; {s['data']} had the classes "
+                f"{first_names(s['classes'], 3)} and {np.round([s['mean'], s['std']], 3).tolist()}")
+        if not args.data:
+            raise UserError(f"{text}. Give the right folder with --data, or --data {path} if you mean these")
+        warn(f"{text}. The title says so")
+    order = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))
+    chosen = order[:args.samples].sort().values.to(device)
+    data = data._replace(test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
+    about = {f"label_{method}": side_label(args, method) for method in methods}
+    about |= {"samples": len(chosen), "data": path, "other_images": bool(differ), "untrained": args.untrained,
+              "settings": json.dumps(settings)}
+    return networks, data, {key: np.array(value) for key, value in about.items()}
 
 
 def load_networks(args, method, device):
     """The networks of one side: its files in their order, or --checkpoints/<method>_seed*.pt by seed."""
-    files, folder = getattr(args, method), Path(args.checkpoints or PAPER)
-    paths = [Path(name) for name in files or []]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError(f"--{method}: each file once")
-    paths = paths or sorted(folder.glob(f"{method}_seed*.pt"), key=lambda path: (len(path.name), path.name))
+    files = getattr(args, method)
+    folder = args.checkpoints or (None if args.simclr or args.supervised else PAPER)
+    paths = [Path(file) for file in files or []]
+    if folder and not files:
+        found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(rf"{method}_seed\d+", path.stem)]
+        paths = sorted(found, key=lambda path: (len(path.name), path.name))
     if not paths:
-        raise UserError(f"--checkpoints {folder}: no {method}_seed*.pt there; train them with "
-                        f"`python train_{method}.py --out {folder}`")
-    options = {}
-    for name in FOREIGN:
-        own = getattr(args, f"{method}_{name}")
-        options[name] = getattr(args, name) if own is None else own
+        raise UserError(f"--{method}: neither files nor {method}_seed*.pt in --checkpoints ({folder}), which "
+                        f"train_{method}.py writes; networks of one side alone are for fig1_internal.py")
+    own = {name: getattr(args, f"{method}_{name}") for name in FOREIGN}
+    options = {name: getattr(args, name) if value is None else value for name, value in own.items()}
+    given = [name.replace("_", "-") for name, value in options.items() if value is not None]
     models = []
     for path in paths:
         model = load_model(path, device, method, **options)
         s = model.settings
-        model.name = without_ending(path) if files else f"{side_label(args, method)} seed {s['seed']}"
+        if given and "preset" in s:
+            raise UserError(f"--{given[0]} is for state dicts, and {path} knows its own; for the other side "
+                            f"alone there are --simclr-{given[0]} and --supervised-{given[0]}")
         if s.get("epoch", 0) < s.get("epochs", 0):
             warn(f"{path}: not finished, epoch {s['epoch']} of {s['epochs']}")
-        if s.get("left_out"):
-            warn(f"{path}: not of the backbone and left out: {first_names(s['left_out'])}")
-        if s.get("note"):
-            print(f"{path}: {s['note']}")
-        models.append(untrained(model, len(models), device) if args.untrained else model)
-    held = {(model.settings["method"], model.settings["seed"]) for model in models}
-    if not files and (len(held) < len(models) or {name for name, _ in held} != {method}):
-        raise UserError(f"--checkpoints {folder}: {method}_seed*.pt are not {method} networks of different "
-                        "seeds; move the others away")
+        if "note" in s:
+            print(f"{path}: {s['note']}; left out: {first_names(s['left_out']) or 'nothing'}")
+        model.name = path.stem if files else f"{side_label(args, method)} seed {s['seed']}"
+        if args.untrained:  # in the standard initialisation: with a gamma of 0 odd layers would be constant
+            model.name, seed = f"untrained {model.name}", len(models) if s["seed"] is None else s["seed"]
+            s |= {"epoch": 0, "untrained": True, "seed": seed}
+            fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
+            model.load_state_dict(fresh.state_dict(), strict=False)  # a state dict's network has no head
+        model.layers = LAYERS + (HEAD if isinstance(model.fc, ProjectionHead) else [])
+        models.append(model)
     return models
 
 
-def untrained(model, index, device):
-    """`model` before training, but in the standard initialisation: with a gamma of 0 odd layers are constant.
+def network_source(model, images, layers=LAYERS, view=None):
+    """(names for messages, source for `gram_statistics`) of the representations `layers` of a network.
 
-    Its weights follow from its seed, or from its `index` among the files if it has none.
+    It sees `images`, or for `view` 0 or 1 a copy augmented as in training, alike for all of a method.
     """
-    s = model.settings | {"epoch": 0, "untrained": True}
-    s["seed"] = index if s["seed"] is None else s["seed"]
-    fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), s["seed"], zero_init=False,
-                        stem_padding=s.get("stem_padding", 1))
-    if isinstance(model.fc, nn.Identity):  # another project's, without head
-        fresh.fc = model.fc
-    fresh.settings, fresh.name = s, f"untrained {model.name}"
-    return fresh.to(device, memory_format=torch.channels_last).eval()
-
-
-def figure_data(args, settings, device):
-    """(Data, its path, whether it is other data than the networks' training had).
-
-    Other data would judge the claims on images that nobody chose: refused, unless --data asks for it.
-    """
-    trained = [s for s in settings if s["data"]]
-    path = args.data or next((s["data"] for s in trained), "data")
-    data = load_data(path, device, args.download)
-    statistics = np.array(channel_statistics(data.train_images))
-    for s in trained:
-        theirs = np.array([s["mean"], s["std"]])
-        if s["classes"] == data.classes and abs(theirs - statistics).max() < 1e-3:
-            continue
-        text = "other images than the training's"
-        for where, classes, numbers in ((s["data"], s["classes"], theirs), (path, data.classes, statistics)):
-            text += (f"; {where}: {len(classes)} classes ({first_names(classes, 3)}), mean and deviation of "
-                     f"the channels {numbers.round(3).tolist()}")
-        if not args.data:
-            raise UserError(f"{text}. Give the right folder with --data, or --data {path} if you mean these")
-        warn(f"{text}. The title says so")
-        return data, path, True
-    return data, path, False
-
-
-def prepare(model, images, params=None):
-    """uint8 images as the network sees them: through its test pipeline, or augmented by `params`."""
-    s = model.settings
-    standard = s["image_size"], s["mean"], s["std"]
-    if s["method"] == "supervised":
-        x = (imagenet_test(images, *standard) if params is None else
-             imagenet_augment(images, *standard, params=params))
-    else:
-        x = (simclr_test(images, s["image_size"]) if params is None else
-             simclr_augment(images, s["image_size"], s["strength"], s["blur"], params=params))
-        x = _standardise(x, s["mean"], s["std"]) if s.get("standardise") else x  # ours see [0, 1]
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def common_layers(models):
-    """Names of the representations that all of the networks have: 32, or 35 with projection heads."""
-    return LAYERS + (HEAD if all(isinstance(model.fc, ProjectionHead) for model in models) else [])
-
-
-def network_source(model, images, layers=LAYERS, params=None, note=""):
-    """(names for warnings, source for `gram_statistics`) of the representations `layers` of a network.
-
-    It sees `images`, or their copy augmented by `params`, which the names tell by `note`.
-    """
+    s, size, note, params = model.settings, model.settings["image_size"], "", None
+    if view is not None:
+        generator = generator_for(images.device, "augmented copy", view)
+        shape = len(images), *images.shape[2:], images.device, generator
+        simclr = s["method"] == "simclr"
+        params = simclr_params(*shape, s["strength"]) if simclr else imagenet_params(*shape)
+        note = f", copy {view + 1}"
 
     def source(start, stop):
-        rows = slice(start, stop)
-        inputs = prepare(model, images[rows], None if params is None else slice_params(params, rows))
-        stream = stream_representations(model, inputs, any_order=True)
-        del inputs  # no generator here: its frame would hold on to each layer
-        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in LAYERS + HEAD))
+        some, rows = images[start:stop], slice(start, stop)
+        if params is None:
+            x = simclr_test(some, size)
+        elif simclr:
+            x = simclr_augment(some, size, s["strength"], s["blur"], params=slice_params(params, rows))
+        else:
+            x = _crop_resize_flip(some, size, slice_params(params, rows))
+        if s["method"] == "supervised" or s.get("standardise"):  # our SimCLR networks see [0, 1]
+            x = _standardise(x, s["mean"], s["std"])
+        x = x.contiguous(memory_format=torch.channels_last)
+        stream = stream_representations(model, x, any_order=True)
+        del x  # no generator here: its frame would hold on to each layer
+        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in model.layers))
 
     return [f"{model.name}{note} {layer}" for layer in layers], source
 
 
-def copy_sources(model, images, layers):
-    """`network_source` of two copies of images, augmented as in training, alike for a method's networks."""
-    sources = []
-    for view in (0, 1):
-        generator = generator_for(images.device, "augmented copy", view)
-        shape = len(images), *images.shape[2:], images.device, generator
-        if model.settings["method"] == "simclr":
-            params = simclr_params(*shape, strength=model.settings["strength"])
-        else:
-            params = imagenet_params(*shape)
-        sources.append(network_source(model, images, layers, params, f", copy {view + 1}"))
-    return sources
-
-
-def measure(study, sources):
-    """({ending: CKA}, dominance (L,)) as numpy arrays; says which layers are constant or rest on few images.
-
-    CKA is (L, L) under the endings "" and "_debiased", (10, L, L) under "_left_out" and "_debiased_left_out".
-    `sources`: as `network_source` gives them, whose names take the place of the engine's numbers. UserError
-    for features that are not finite, too little memory and a precision that the device has not.
-    """
-    args, (names, functions) = study.args, zip(*sources)
-
-    def named(message):
-        return re.sub(r"(layer \d+ \()?source (\d+), layer (\d+)\)?",
-                      lambda numbers: names[int(numbers[2])][int(numbers[3])], str(message))
-
+def measure(args, m, sources):
+    """({ending of keys: CKA of all layers}, dominance) over m images. Errors and warnings name the layers."""
+    names, functions = zip(*sources)
+    named = functools.partial(re.sub, r"source (\d+), layer (\d+)", lambda at: names[int(at[1])][int(at[2])])
     memory = int(args.memory * 1e9) if args.memory else None
-    advice = f"--batch-size {args.batch_size}: lower it, or give --memory less than is free (GB)"
-    with warnings.catch_warnings(record=True) as caught, out_of_memory_advice(advice):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = gram_statistics(functions, len(study.images), args.precision, memory, args.batch_size)
+            found = gram_statistics(functions, m, args.precision, memory, args.batch_size)
         except ValueError as error:
-            raise UserError(named(error)) from None
+            raise UserError(named(str(error))) from None
     for warning in caught:
-        warn(named(warning.message))
-    dominance = found.dominance.numpy()
-    few = [f"{name} ({share:.0%})" for name, share in zip(itertools.chain(*names), dominance) if share > 0.5]
-    if few:
-        warn(f"1 % of the images carry most of HSIC(K, K), so of the CKA, of {first_names(few)}")
-    cka = {"": found.cka, "_debiased": found.debiased_cka,
-           "_left_out": found.left_out.float(), "_debiased_left_out": found.debiased_left_out.float()}
-    return {ending: values.numpy() for ending, values in cka.items()}, dominance
+        warn(named(str(warning.message)))
+    cka = {"": found.cka, "_debiased": found.debiased_cka, "_left_out": found.left_out.float()}
+    return {ending: values.numpy() for ending, values in cka.items()}, found.dominance.numpy()
 
 
-def seed_pairs(networks):
-    """All pairs of a sequence of networks' indices; of a single one, with itself."""
-    return list(itertools.combinations(networks, 2)) or [(networks[0], networks[0])]
-
-
-def pair_matrices(cka, pairs):
-    """CKA (..., 32 S, 32 S) as (..., P, 32, 32): of each pair, rows the first network, columns the second."""
-    first, second = np.array(pairs).T
-    count = cka.shape[-1] // 32
-    blocks = cka.reshape(*cka.shape[:-2], count, 32, count, 32).swapaxes(-3, -2)
-    return blocks[..., first, second, :, :]
+def pair_matrices(cka, rows, columns=None):
+    """(..., P, 32, 32) of CKA (..., 32 S, 32 S): networks `rows` with `columns`, or all pairs of `rows`."""
+    pairs = list(itertools.product(rows, columns) if columns else itertools.combinations(rows, 2))
+    pairs = pairs or [(rows[0], rows[0])]  # a single one with itself
+    return np.stack([cka[..., 32 * i:32 * i + 32, 32 * j:32 * j + 32] for i, j in pairs], -3)
 
 
 def rank_correlation(values):
     """Spearman's correlation of values (..., n), along the last axis, with 1 to n; ties share a mean rank."""
-    values = np.asarray(values, float)
     ranks = np.sign(values[..., :, None] - values[..., None, :]).sum(-1)  # twice the rank, from its mean
-    depth = 2 * np.arange(values.shape[-1]) - (values.shape[-1] - 1)
+    depth = np.arange(values.shape[-1]) - (values.shape[-1] - 1) / 2
     with np.errstate(invalid="ignore"):  # a constant profile has no correlation: NaN
-        return (ranks * depth).sum(-1) / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
+        return ranks @ depth / np.sqrt((ranks ** 2).sum(-1) * (depth ** 2).sum())
 
 
-class Quantity(NamedTuple):
-    """A number behind a claim, one value per pair or network; the claim needs it within the bounds."""
+def judge(claims, arrays):
+    """{claim: (verdict, its numbers in words, its means)} from the values under the plain keys.
 
-    label: str
-    values: np.ndarray
-    above: float = -math.inf
-    below: float = math.inf  # without bounds it is only reported
-    error: float = math.nan  # standard error over images of the values' mean; NaN: not known
-
-    def __str__(self):
-        error = "" if math.isnan(self.error) else f" [{self.error:.2g}]"
-        return f"{self.label} {self.values.mean():.3f} +- {self.values.std():.3f}{error}"
-
-
-class Claim(NamedTuple):
-    """A claim of the paper and the quantities that decide it."""
-
-    id: str
-    text: str
-    quantities: list
-
-    def verdict(self):
-        """ "holds", "does not hold" or "undecided"; of several quantities the least favourable decides.
-
-        A quantity holds if its mean is within the bounds by more than the spread; with fewer than three
-        values, if each is within, and the mean by more than two standard errors over images, where known.
-        """
-        signs = []
-        for _, values, above, below, error in self.quantities:
-            margin = np.minimum(values - above, below - values)
-            if np.isinf(margin).all():
-                continue
-            mean, doubt = margin.mean(), margin.std()
-            low, high = mean - doubt, mean + doubt
-            if margin.size < 3:
-                doubt = 2 * np.nan_to_num(error)
-                low, high = min(margin.min(), mean - doubt), max(margin.max(), mean + doubt)
-            signs.append(1 if low > 0 else -1 if high < 0 else 0)  # NaN: 0
-        return {1: "holds", 0: "undecided", -1: "does not hold"}[min(signs)]
-
-
-def one_estimator(arrays, debiased=False, tenth=None):
-    """`arrays` with one estimator's values under the plain keys; with a `tenth` (0 to 9), those without it.
-
-    What was not measured without that tenth of the images (probes, older files) is NaN then.
+    `claims(arrays)`: {claim: {quantity: (values, low, high)}}, a value per pair or network. A quantity holds
+    if its mean is between low and high by more than the spread; of fewer than three values, if each is, and
+    the mean by two standard errors over images, where known. The least favourable quantity decides.
     """
-    ending, chosen = "_debiased" if debiased else "", arrays | {"debiased": np.array(debiased)}
-    for key, values in arrays.items():
-        chosen[key] = arrays.get(key + ending, values)
-        if tenth is not None and values.dtype.kind == "f":
-            left_out = arrays.get(f"{key}{ending}_left_out")
-            chosen[key] = np.full(values.shape, math.nan) if left_out is None else left_out[tenth]
-    return chosen
-
-
-def judge(claims, arrays, debiased=False):
-    """`claims(arrays)` by one estimator: a list of `Claim`, standard errors over images filled in."""
-    found = claims(one_estimator(arrays, debiased))
-    tenths = [claims(one_estimator(arrays, debiased, tenth)) for tenth in range(10)]
-    for i, claim in enumerate(found):
-        for j, quantity in enumerate(claim.quantities):
-            means = np.array([some[i].quantities[j].values.mean() for some in tenths])
-            claim.quantities[j] = quantity._replace(error=jackknife(torch.from_numpy(means)).item())
-    return found
-
-
-def save_arrays(study, name, arrays):
-    """Writes <out>/<name>.npz, `arrays` and what the figure is made from; returns all of it."""
-    settings = {method: [m.settings for m in models] for method, models in study.networks.items()}
-    described = {f"label_{method}": side_label(study.args, method) for method in settings}
-    described |= {"samples": len(study.images), "data": study.data_path, "other_images": study.other_images,
-                  "untrained": study.args.untrained, "settings": json.dumps(settings)}
-    arrays = arrays | {key: np.array(value) for key, value in described.items()}
-    path = figure_folder(study.args) / f"{name}.npz"
-    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
-    print(f"wrote {path}")
-    return arrays
-
-
-def report(args, name, arrays, claims, plot):
-    """Prints `claims(arrays)` by both estimators and writes the figure `plot(arrays)`, <out>/<name>.png.
-
-    Verdicts are for checkpoints of this study; networks of others get the same numbers under their labels.
-    """
-    settings = json.loads(str(arrays["settings"]))
-    networks = [(method, s) for method, side in settings.items() for s in side]
-    ours = all("preset" in s and s["method"] == method for method, s in networks)
-    labels = {method: str(arrays[f"label_{method}"]) for method in settings}
-    shown, rest = ("debiased", "biased") if args.debiased else ("biased", "debiased")
-    print(f"{shown} CKA: mean +- spread over n pairs or networks [standard error over images, where known]")
-    if ours and not labels.items() <= NAMES.items():
-        print("in the claims, " + " and ".join(f"{NAMES[m]} is {label}" for m, label in labels.items()))
-    means = []
-    for claim, same in zip(judge(claims, arrays, args.debiased), judge(claims, arrays, not args.debiased)):
-        numbers = f"{', '.join(map(str, claim.quantities))} (n = {claim.quantities[0].values.size})"
-        means.append(" ".join([claim.id, *(f"{quantity.values.mean():.3f}" for quantity in same.quantities)]))
-        if ours:
-            print(f"{claim.id} {claim.text} | {numbers} | {claim.verdict()}")
-            means[-1] += "" if same.verdict() == claim.verdict() else f" {same.verdict().upper()}"
-        else:
-            print(claim.id, re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], numbers))
-    print(f"{rest} CKA: {', '.join(means)}")
-    if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
-        print("networks of the demo or synthetic images: the verdicts mean nothing")
-    if arrays["samples"] < 500 and not args.debiased:
-        key = next(key for key in arrays if f"{key}_debiased" in arrays)
-        biased, debiased = arrays[key].mean(), arrays[f"{key}_debiased"].mean()
-        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
-             f"{biased:.2f} on average, debiased {debiased:.2f}; give --debiased, or more images")
-    path = figure_folder(args) / f"{name}.png"
-    with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
-        figure = plot(one_estimator(arrays, args.debiased))
-        write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png", bbox_inches="tight"))
-    plt.close(figure)
-    print(f"drew {path} ({arrays['samples']} test images, {shown} CKA)")
+    # The errors are those of biased CKA for both estimators: only this is measured without each tenth.
+    left_out = [key for key in arrays if f"{key}_left_out" in arrays]
+    unknown = {key: values + math.nan for key, values in arrays.items() if values.dtype.kind == "f"}
+    tenths = [claims(arrays | unknown | {key: arrays[f"{key}_left_out"][i] for key in left_out})
+              for i in range(10)]
+    judged = {}
+    for claim, quantities in claims(arrays).items():
+        texts, means, signs = [], [], []
+        for quantity, (values, low, high) in quantities.items():
+            ten = torch.tensor([some[claim][quantity][0].mean() for some in tenths], dtype=torch.float64)
+            error = jackknife(ten).item()
+            known = "" if math.isnan(error) else f" [{error:.2g}]"
+            texts.append(f"{quantity} {values.mean():.3f} +- {values.std():.3f}{known}")
+            means.append(f"{values.mean():.3f}")
+            margin, few = np.minimum(values - low, high - values), len(values) < 3
+            if not np.isinf(margin).all():  # one without bounds is only reported
+                doubt = 2 * np.nan_to_num(error) if few else margin.std()
+                likely = [margin.mean() - doubt, margin.mean() + doubt, *(margin if few else ())]
+                signs.append(int(np.min(likely) > 0) - int(np.max(likely) < 0))  # of NaN neither
+        verdict = ("does not hold", "undecided", "holds")[min(signs) + 1]
+        judged[claim] = verdict, f"{', '.join(texts)} (n = {len(values)})", " ".join(means)
+    return judged
 
 
 def replot(args, name, claims, plot):
     """`report` of the .npz in --out; no network is needed."""
     path = figure_folder(args) / f"{name}.npz"
-    if args.samples:
-        raise UserError("--replot draws what the .npz holds; leave out --samples")
     try:
         with np.load(path, allow_pickle=False) as saved:
             arrays = dict(saved)
-        report(args, name, arrays, claims, plot)
-    except FileNotFoundError:
-        raise UserError(f"--replot: no {path}; give the folder of {name}.npz with --out") from None
+        report(args, name, claims, plot, arrays)
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
-        reason = f"{type(error).__name__} {error}"[:120]
-        raise UserError(f"--replot: {path} is damaged or of another version ({reason}); draw anew") from None
+        raise UserError(f"--replot: {path} is missing, damaged or of another version ({error}); give its "
+                        "folder with --out, or draw anew") from None
+
+
+def report(args, name, claims, plot, arrays):
+    """Writes <out>/<name>.npz, prints `claims(arrays)` by both estimators, draws `plot(arrays)`: <name>.png.
+
+    Verdicts are for checkpoints of this study; networks of others get the same numbers under their labels.
+    """
+    path, settings = figure_folder(args) / name, json.loads(str(arrays["settings"]))
+    if not args.replot:
+        write_atomically(f"{path}.npz", lambda file: np.savez_compressed(file, **arrays))
+        print(f"wrote {path}.npz")
+    labels = {method: str(arrays[f"label_{method}"]) for method in settings}
+    networks = [(method, s) for method, side in settings.items() for s in side]
+    ours = all("preset" in s and s["method"] == method for method, s in networks)
+    debiased = {key: arrays[f"{key}_debiased"] for key in arrays if f"{key}_debiased" in arrays}
+    estimators = {"biased": arrays, "debiased": arrays | debiased}
+    shown, rest = ("debiased", "biased") if args.debiased else ("biased", "debiased")
+    print(f"{shown} CKA: mean +- spread over n pairs or networks [standard error over images, where known]")
+    others, by_other = [], judge(claims, estimators[rest])
+    for claim, (verdict, numbers, _) in judge(claims, estimators[shown]).items():
+        other_verdict, _, means = by_other[claim]
+        others.append(f"{claim[:2]} {means}")
+        if ours:
+            print(f"{claim} | {numbers} | {verdict}")
+            others[-1] += "" if verdict == other_verdict else f" {other_verdict.upper()}"
+        else:
+            print(claim[:2], re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], numbers))
+    print(f"{rest} CKA: {', '.join(others)}")
+    if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
+        print("networks of the demo or synthetic images: the verdicts mean nothing")
+    if arrays["samples"] < 500 and not args.debiased:
+        key = next(iter(debiased))
+        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
+             f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
+             "more images")
+    with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
+        figure = plot(estimators[shown] | {"debiased": args.debiased})
+        save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
+        write_atomically(f"{path}.png", save)
+    plt.close(figure)
+    print(f"drew {path}.png ({arrays['samples']} test images, {shown} CKA)")
 
 
 def new_figure(arrays, title, panels, widths=None):
-    """A figure and its row of `panels` axes, of the size all figures share; the title names other images."""
+    """A figure and its row of axes, of the size all figures share; the title names other images."""
     size = 4.6 * panels, 4.6
     figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", width_ratios=widths)
     images = f"; images of {Path(str(arrays['data'])).name}" if arrays["other_images"] else ""
@@ -2610,7 +2460,7 @@ def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):
         image = ax.imshow(matrix, origin="lower", vmin=0, vmax=1, cmap="magma")
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         mark_block_groups(ax, len(matrix), both=True)
-    label = "debiased linear CKA" if debiased else "linear CKA"
+    label = ("debiased " if debiased else "") + "linear CKA"
     ax.figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.01)
 
 
@@ -2623,12 +2473,10 @@ def depth_lines(ax, values, color, label, marker="o"):
 
 def mark_block_groups(ax, layers, both=False):
     """Ticks and lines for BG1 to BG4, and a head of 3, on x or both axes of 16, 19, 32 or 35 layers."""
-    counts = [layers // 16 * blocks for blocks in BLOCK_GROUPS] + [3]
-    ends = np.cumsum(counts)[:5 if layers % 16 else 4]
-    centres = ends - np.array(counts[:len(ends)]) / 2 - 0.5
-    labels = ["BG1", "BG2", "BG3", "BG4", "Head"][:len(ends)]
+    counts = [layers // 16 * blocks for blocks in BLOCK_GROUPS] + ([3] if layers % 16 else [])
+    ends = np.cumsum(counts)
     ax.tick_params(length=0)
     for axis, line in ((ax.xaxis, ax.axvline), (ax.yaxis, ax.axhline))[:2 if both else 1]:
-        axis.set_ticks(centres, labels)
+        axis.set_ticks(ends - np.array(counts) / 2 - 0.5, ["BG1", "BG2", "BG3", "BG4", "Head"][:len(ends)])
         for end in ends[:-1]:
             line(end - 0.5, color="white" if both else "lightgray", linewidth=0.8, zorder=1)

@@ -14,20 +14,19 @@ import functools
 
 import numpy as np
 
-from common import (EVEN, LAYERS, NAMES, ODD, SAME_GROUP, Claim, Quantity, UserError, cka_heatmaps,
-                    figure_parser, measure, network_source, new_figure, open_study, pair_matrices, replot,
-                    report, save_arrays, seed_pairs, user_errors)
+from common import (EVEN, LAYERS, NAMES, ODD, SAME_GROUP, UserError, cka_heatmaps, figure_parser, measure,
+                    network_source, new_figure, open_study, pair_matrices, replot, report, user_errors)
 
 NUMBERS = {"simclr": 1, "supervised": 4}  # of the figures
 
 
-def compare_seeds(study, models):
+def compare_seeds(args, models, images):
     """The arrays of the figure: rows the layers of one seed, columns of another."""
-    cka, dominance = measure(study, [network_source(model, study.images) for model in models])
+    cka, dominance = measure(args, len(images), [network_source(model, images) for model in models])
     arrays = {"layers": np.array(LAYERS), "networks": np.array([model.name for model in models]),
               "dominance": dominance.reshape(-1, 32)}
     for ending, values in cka.items():
-        arrays[f"pairs{ending}"] = pair_matrices(values, seed_pairs(range(len(models))))
+        arrays[f"pairs{ending}"] = pair_matrices(values, range(len(models)))
     for ending in ("", "_debiased"):
         arrays[f"cka{ending}"] = arrays[f"pairs{ending}"].mean(0)
     return arrays
@@ -39,21 +38,21 @@ def mean_over(matrices, mask):
 
 
 def claims(method, arrays):
-    """Claims 1a-1c or 4a-4c, each quantity per pair of networks."""
+    """Claims 1a-1c or 4a-4c: {claim: {quantity: (a value per pair of networks, low, high)}}."""
     pairs, name, number = arrays["pairs"], NAMES[method], NUMBERS[method]
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     i, j = np.indices((16, 16))
     neighbours = mean_over(even, abs(i - j) == 1) - mean_over(odd, abs(i - j) == 1)
     itself = {kind: mean_over(m, i == j) - mean_over(m, i != j) for kind, m in (("odd", odd), ("even", even))}
     groups = mean_over(pairs, SAME_GROUP & ~np.eye(32, dtype=bool)) - mean_over(pairs, ~SAME_GROUP)
-    return [
-        Claim(f"{number}a", f"{name}: neighbouring even layers are similar, odd ones are not",
-              [Quantity("neighbours, even - odd", neighbours, above=0)]),
-        Claim(f"{number}b", f"{name}: odd layers are similar largely only to themselves",
-              [Quantity("odd, diagonal - rest", itself["odd"], above=0),
-               Quantity("more than even by", itself["odd"] - itself["even"], above=0)]),
-        Claim(f"{number}c", f"{name}: similarity is higher within block groups than across",
-              [Quantity("block groups, within - across", groups, above=0)])]
+    return {
+        f"{number}a {name}: neighbouring even layers are similar, odd ones are not": {
+            "neighbours, even - odd": (neighbours, 0, np.inf)},
+        f"{number}b {name}: odd layers are similar largely only to themselves": {
+            "odd, diagonal - rest": (itself["odd"], 0, np.inf),
+            "more than even by": (itself["odd"] - itself["even"], 0, np.inf)},
+        f"{number}c {name}: similarity is higher within block groups than across": {
+            "block groups, within - across": (groups, 0, np.inf)}}
 
 
 def plot(method, arrays):
@@ -81,15 +80,13 @@ def main():
     if getattr(args, other_method):
         raise UserError(f"--{other_method}: this figure is of {NAMES[method]} networks only; leave it out, "
                         f"or give --method {other_method}")
-    name = f"fig{NUMBERS[method]}"
-    judge_and_draw = functools.partial(claims, method), functools.partial(plot, method)
+    figure = f"fig{NUMBERS[method]}", functools.partial(claims, method), functools.partial(plot, method)
     if args.replot:
-        return replot(args, name, *judge_and_draw)
-    study = open_study(args, [method])
-    models = study.networks[method]
-    if len(models) == 1:
+        return replot(args, *figure)
+    networks, data, about = open_study(args, [method])
+    if len(networks[method]) == 1:
         print("only one network: this compares it with itself, which the paper avoids; train another seed")
-    report(args, name, save_arrays(study, name, compare_seeds(study, models)), *judge_and_draw)
+    report(args, *figure, about | compare_seeds(args, networks[method], data.test_images))
 
 
 if __name__ == "__main__":

@@ -12,29 +12,27 @@ debiased CKA, `pairs*_left_out` (10, P, 32, 32) without each tenth of the images
 4d.
 """
 
-import itertools
-
 import numpy as np
 
-from common import (EVEN, GROUP, LAYERS, ODD, SAME_GROUP, Claim, Quantity, cka_heatmaps, depth_lines,
-                    figure_parser, mark_block_groups, measure, network_source, new_figure, open_study,
-                    pair_matrices, replot, report, save_arrays, seed_pairs, user_errors)
+from common import (EVEN, GROUP, LAYERS, ODD, SAME_GROUP, cka_heatmaps, depth_lines, figure_parser,
+                    mark_block_groups, measure, network_source, new_figure, open_study, pair_matrices, replot,
+                    report, user_errors)
 
 METHODS = ["simclr", "supervised"]  # rows and columns
 
 
-def compare_methods(study):
+def compare_methods(args, networks, images):
     """The arrays of the figure: rows the layers of a SimCLR network, columns of a supervised one."""
-    models = study.networks["simclr"] + study.networks["supervised"]
-    cka, dominance = measure(study, [network_source(model, study.images) for model in models])
-    split, dominance = len(study.networks["simclr"]), dominance.reshape(-1, 32)
+    models = networks["simclr"] + networks["supervised"]
+    cka, dominance = measure(args, len(images), [network_source(model, images) for model in models])
+    split, dominance = len(networks["simclr"]), dominance.reshape(-1, 32)
     arrays = {"layers": np.array(LAYERS), "dominance_simclr": dominance[:split],
               "dominance_supervised": dominance[split:]}
     simclr, supervised = range(split), range(split, len(models))
     for ending, values in cka.items():
-        arrays[f"pairs{ending}"] = pair_matrices(values, list(itertools.product(simclr, supervised)))
-        arrays[f"pairs_simclr{ending}"] = pair_matrices(values, seed_pairs(simclr))
-        arrays[f"pairs_supervised{ending}"] = pair_matrices(values, seed_pairs(supervised))
+        arrays[f"pairs{ending}"] = pair_matrices(values, simclr, supervised)
+        arrays[f"pairs_simclr{ending}"] = pair_matrices(values, simclr)
+        arrays[f"pairs_supervised{ending}"] = pair_matrices(values, supervised)
     for ending in ("", "_debiased"):
         mean = arrays[f"pairs{ending}"].mean(0)
         odd, even = mean[ODD, ODD], mean[EVEN, EVEN]
@@ -55,7 +53,7 @@ def most_similar(matrices):
 
 
 def claims(arrays):
-    """Claims 2a-2f and 4d, each quantity per pair of networks. Claims count layers from 1, indices from 0."""
+    """Claims 2a-2f and 4d: {claim: {quantity: (a value per pair of networks, low, high)}}. Indices from 0."""
     pairs = arrays["pairs"]
     odd, even = pairs[:, ODD, ODD], pairs[:, EVEN, EVEN]
     diag_odd, diag_even = (m.diagonal(axis1=1, axis2=2) for m in (odd, even))
@@ -68,25 +66,25 @@ def claims(arrays):
     fall3, fall4 = diag_even[:, 7] - diag_even[:, 12], diag_even[:, 12] - diag_even[:, 15]
     both = min(len(arrays[f"pairs_{method}"]) for method in METHODS)  # pairs of seeds that both methods have
     across = {method: arrays[f"pairs_{method}"][:both, ~SAME_GROUP].mean(1) for method in METHODS}
-    return [
-        Claim("2a", "common primitives: odd layers are similar in BG1",
-              [Quantity("odd diagonal, BG1 - BG2-4", early - later, above=0)]),
-        Claim("2b", "dissimilar residuals beyond BG1",
-              [Quantity("odd diagonal, ratio BG2-4 / BG1", later / early, below=0.5),
-               Quantity("BG2-4", later)]),
-        Claim("2c", "even layers are similar along the diagonal",
-              [Quantity("diagonal, even BG1-3 - odd BG2-3", similar, above=0)]),
-        Claim("2d", "stalling: entering a block group SimCLR stays with layers of the one just left",
-              [Quantity("groups of 3 entered behind", stalled, above=1.5)]),
-        Claim("2e", "catching up later in the group",
-              [Quantity("most similar layer towards the diagonal, BG2", (last - first)[:, 0], above=0),
-               Quantity("BG3", (last - first)[:, 1], above=0)]),
-        Claim("2f", "rapid divergence in the final block group",
-              [Quantity("even diagonal, fall over BG4", fall4, above=0),
-               Quantity("more than over BG3 by", fall4 - fall3, above=0)]),
-        Claim("4d", "SimCLR disagrees even more across block groups than supervision",
-              [Quantity("across block groups, supervised - SimCLR", across["supervised"] - across["simclr"],
-                        above=0)])]
+    return {
+        "2a common primitives: odd layers are similar in BG1": {
+            "odd diagonal, BG1 - BG2-4": (early - later, 0, np.inf)},
+        "2b dissimilar residuals beyond BG1": {
+            "odd diagonal, ratio BG2-4 / BG1": (later / early, -np.inf, 0.5),
+            "BG2-4": (later, -np.inf, np.inf)},
+        "2c even layers are similar along the diagonal": {
+            "diagonal, even BG1-3 - odd BG2-3": (similar, 0, np.inf)},
+        "2d stalling: entering a block group SimCLR stays with layers of the one just left": {
+            "groups of 3 entered behind": (stalled, 1.5, np.inf)},
+        "2e catching up later in the group": {
+            "most similar layer towards the diagonal, BG2": ((last - first)[:, 0], 0, np.inf),
+            "BG3": ((last - first)[:, 1], 0, np.inf)},
+        "2f rapid divergence in the final block group": {
+            "even diagonal, fall over BG4": (fall4, 0, np.inf),
+            "more than over BG3 by": (fall4 - fall3, 0, np.inf)},
+        "4d SimCLR disagrees even more across block groups than supervision": {
+            "across block groups, supervised - SimCLR": (across["supervised"] - across["simclr"], 0,
+                                                         np.inf)}}
 
 
 def plot(arrays):
@@ -116,8 +114,8 @@ def main():
     args = figure_parser(__doc__).parse_args()
     if args.replot:
         return replot(args, "fig2", claims, plot)
-    study = open_study(args, METHODS)
-    report(args, "fig2", save_arrays(study, "fig2", compare_methods(study)), claims, plot)
+    networks, data, about = open_study(args, METHODS)
+    report(args, "fig2", claims, plot, about | compare_methods(args, networks, data.test_images))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import (NAMES, Claim, Quantity, UserError, common_layers, copy_sources, depth_lines,
-                    figure_parser, generator_for, mark_block_groups, measure, network_source, new_figure,
-                    number, open_study, out_of_memory_advice, rank_correlation, replot, report, save_arrays,
+from common import (NAMES, UserError, depth_lines, figure_parser, generator_for, mark_block_groups, measure,
+                    network_source, new_figure, number, open_study, rank_correlation, replot, report,
                     user_errors)
 
 PROBE_BATCH, PROBE_RATE = 256, 1.0
@@ -68,13 +67,13 @@ def batch_statistics(pieces):
     return list(found.values())
 
 
-def probe_accuracies(study, model, layers):
+def probe_accuracies(args, data, model, layers):
     """(layers,) test accuracies of linear probes, all trained together on one frozen network.
 
     A batch larger than --batch-size comes in pieces, and twice: first for its statistics, then for the
     gradient, which is the whole batch's.
     """
-    args, data, device = study.args, study.data, study.images.device
+    device = data.test_images.device
     images = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
     images = images[:args.probe_images]
     batch = min(PROBE_BATCH, len(images))
@@ -105,72 +104,70 @@ def probe_accuracies(study, model, layers):
             schedule.step()
             optimizer.zero_grad()
     right = torch.zeros(len(layers), device=device)
-    for some, labels in zip(study.images.split(args.batch_size), study.labels.split(args.batch_size)):
-        for i, x in enumerate(features(some)):
-            right[i] += (probes[i](x).argmax(1) == labels).sum()
-    return right.cpu().numpy() / len(study.images)
+    for rows in torch.arange(len(data.test_images), device=device).split(args.batch_size):
+        for i, x in enumerate(features(data.test_images[rows])):
+            right[i] += (probes[i](x).argmax(1) == data.test_labels[rows]).sum()
+    return right.cpu().numpy() / len(data.test_images)
 
 
-def measure_method(study, method):
+def measure_method(args, models, data, method):
     """The arrays of one method's networks: invariance of two augmented copies, the rest of plain images."""
-    models, images = study.networks[method], study.images
-    layers = [name for name in common_layers(models) if not name.endswith("odd")]
-    one_hot = F.one_hot(study.labels, len(study.data.classes)).float()
+    layers = [name for name in min((m.layers for m in models), key=len) if not name.endswith("odd")]
+    one_hot = F.one_hot(data.test_labels, len(data.classes)).float()
     classes = ["the classes (one-hot)"], lambda start, stop: [one_hot[start:stop]]
     n, found = len(layers), collections.defaultdict(list)
     for model in models:
-        sources = *copy_sources(model, images, layers), network_source(model, images, layers), classes
-        cka, dominance = measure(study, sources)
+        views = [network_source(model, data.test_images, layers, view) for view in (0, 1, None)]
+        cka, dominance = measure(args, len(one_hot), [*views, classes])
         for ending, values in cka.items():
             invariance = values[..., :n, n:2 * n].diagonal(axis1=-2, axis2=-1)
             found[f"invariance_{method}{ending}"].append(invariance)
             found[f"class_cka_{method}{ending}"].append(values[..., 2 * n:3 * n, -1])
         found[f"dominance_{method}"].append(dominance[2 * n:3 * n])
-        with out_of_memory_advice(f"--batch-size {study.args.batch_size}: lower it"):
-            found[f"probe_{method}"].append(probe_accuracies(study, model, layers))
+        found[f"probe_{method}"].append(probe_accuracies(args, data, model, layers))
     arrays = {key: np.stack(values, -2) for key, values in found.items()}
     return arrays | {f"layers_{method}": np.array(layers)}
 
 
 def rises(arrays, key, tolerance):
     """The quantities of the claim that values of both methods rise monotonically through the backbone."""
-    found = []
+    found = {}
     for method, name in NAMES.items():
         values = arrays[f"{key}_{method}"][:, :16]
         falls = np.where(np.isnan(values).any(1), np.nan, (np.diff(values, axis=1) < -tolerance).sum(1))
-        found += [Quantity(f"{name} falls", falls, below=0.5),
-                  Quantity(f"{name} rank correlation", rank_correlation(values), above=0.9)]
+        found[f"{name} falls"] = falls, -np.inf, 0.5
+        found[f"{name} rank correlation"] = rank_correlation(values), 0.9, np.inf
     return found
 
 
 def claims(arrays):
-    """Claims 3a-3h, per network; methods are compared seed by seed. Indices count from 0."""
+    """Claims 3a-3h: {claim: {quantity: (a value per network, low, high)}}; methods compared seed by seed."""
     simclr, supervised = arrays["invariance_simclr"], arrays["invariance_supervised"]
     seeds, head = min(len(simclr), len(supervised)), arrays["class_cka_simclr"][:, 16:]
     ahead = simclr[:seeds, :16] - supervised[:seeds, :16]  # of SimCLR in invariance
     classes = arrays["class_cka_supervised"][:seeds, :16] - arrays["class_cka_simclr"][:seeds, :16]
-    end = [Quantity("invariance at even 16, SimCLR - supervised", ahead[:, 15], above=0)]
-    found = [
-        Claim("3a", "linear separability rises monotonically", rises(arrays, "probe", 0.005)),
-        Claim("3b", "SimCLR grows more invariant with depth, most in the last layers",
-              [Quantity("SimCLR invariance, rank correlation", rank_correlation(simclr), above=0),
-               Quantity("BG4 and later - BG1-3", simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), above=0)]),
-        Claim("3c", "supervision starts similar under its weaker augmentations",
-              [Quantity("invariance at even 1, supervised - SimCLR", -ahead[:, 0], above=0)]),
-        Claim("3d", "supervision then diverges until BG4, with a small increase there",
-              [Quantity("supervised invariance, even 1 - 13", supervised[:, 0] - supervised[:, 12], above=0),
-               Quantity("even 16 - 13", supervised[:, 15] - supervised[:, 12], above=0)]),
-        Claim("3e", "SimCLR is the more invariant one at the end", end),
-        Claim("3f", "CKA with the classes rises monotonically", rises(arrays, "class_cka", 0.01)),
-        Claim("3g", "supervision accelerates towards the classes in BG4",
-              [Quantity("gain in class CKA from even 13 to 16, supervised - SimCLR",
-                        classes[:, 15] - classes[:, 12], above=0)])]
+    end = {"invariance at even 16, SimCLR - supervised": (ahead[:, 15], 0, np.inf)}
+    found = {
+        "3a linear separability rises monotonically": rises(arrays, "probe", 0.005),
+        "3b SimCLR grows more invariant with depth, most in the last layers": {
+            "SimCLR invariance, rank correlation": (rank_correlation(simclr), 0, np.inf),
+            "BG4 and head - BG1-3": (simclr[:, 13:].mean(1) - simclr[:, :13].mean(1), 0, np.inf)},
+        "3c supervision starts similar under its weaker augmentations": {
+            "invariance at even 1, supervised - SimCLR": (-ahead[:, 0], 0, np.inf)},
+        "3d supervision then diverges until BG4, with a small increase there": {
+            "supervised invariance, even 1 - 13": (supervised[:, 0] - supervised[:, 12], 0, np.inf),
+            "even 16 - 13": (supervised[:, 15] - supervised[:, 12], 0, np.inf)},
+        "3e SimCLR is the more invariant one at the end": end,
+        "3f CKA with the classes rises monotonically": rises(arrays, "class_cka", 0.01),
+        "3g supervision accelerates towards the classes in BG4": {
+            "gain in class CKA from even 13 to 16, supervised - SimCLR": (classes[:, 15] - classes[:, 12], 0,
+                                                                          np.inf)}}
     if head.shape[1]:  # networks from other projects come without
-        end.append(Quantity("at head.3, SimCLR - supervised even 16",
-                            simclr[:seeds, 18] - supervised[:seeds, 15], above=0))
-        found.append(Claim("3h", "class CKA decreases after the head's first layer",
-                           [Quantity("SimCLR class CKA, head.1 - 2", head[:, 0] - head[:, 1], above=0),
-                            Quantity("head.1 - 3", head[:, 0] - head[:, 2], above=0)]))
+        last = simclr[:seeds, 18] - supervised[:seeds, 15]
+        end["at head.3, SimCLR - supervised even 16"] = last, 0, np.inf
+        found["3h class CKA decreases after the head's first layer"] = {
+            "SimCLR class CKA, head.1 - 2": (head[:, 0] - head[:, 1], 0, np.inf),
+            "head.1 - 3": (head[:, 0] - head[:, 2], 0, np.inf)}
     return found
 
 
@@ -204,11 +201,12 @@ def main():
     args = parser.parse_args()
     if args.replot:
         return replot(args, "fig3", claims, plot)
-    study = open_study(args, list(NAMES))
-    if len(study.data.train_images) < (args.probe_images or 2):
+    networks, data, arrays = open_study(args, list(NAMES))
+    if len(data.train_images) < (args.probe_images or 2):
         raise UserError(f"--probe-images {args.probe_images or 2}: the training set has fewer images")
-    arrays = measure_method(study, "simclr") | measure_method(study, "supervised")
-    report(args, "fig3", save_arrays(study, "fig3", arrays), claims, plot)
+    for method, models in networks.items():
+        arrays |= measure_method(args, models, data, method)
+    report(args, "fig3", claims, plot, arrays)
 
 
 if __name__ == "__main__":

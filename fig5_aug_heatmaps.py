@@ -12,19 +12,19 @@ Judges claims 5a-5c.
 
 import numpy as np
 
-from common import (Claim, Quantity, cka_heatmaps, common_layers, copy_sources, figure_parser, measure,
-                    new_figure, open_study, rank_correlation, replot, report, save_arrays, user_errors)
+from common import (cka_heatmaps, figure_parser, measure, network_source, new_figure, open_study,
+                    rank_correlation, replot, report, user_errors)
 
 METHODS = ["supervised", "simclr"]  # left and right panel
 
 
-def compare_copies(study, method):
+def compare_copies(args, models, images, method):
     """The arrays of one panel: rows the layers for the first copy of the images, columns for the second."""
-    models = study.networks[method]
-    layers = common_layers(models)
+    layers = min((model.layers for model in models), key=len)
     n, matrices, dominances = len(layers), {}, []
     for model in models:
-        cka, dominance = measure(study, copy_sources(model, study.images, layers))
+        copies = [network_source(model, images, layers, view) for view in (0, 1)]
+        cka, dominance = measure(args, len(images), copies)
         for ending, values in cka.items():
             matrices.setdefault(ending, []).append(values[..., :n, n:])
         dominances.append(dominance.reshape(2, n).max(0))
@@ -36,18 +36,17 @@ def compare_copies(study, method):
 
 
 def claims(arrays):
-    """Claims 5a-5c, each quantity per network."""
+    """Claims 5a-5c: {claim: {quantity: (a value per network, low, high)}}."""
     supervised, simclr = (arrays[f"networks_{m}"].diagonal(axis1=1, axis2=2) for m in METHODS)
-    found = [
-        Claim("5a", "supervised invariance fades gradually from the first layers",
-              [Quantity("supervised diagonal, rank correlation with depth, BG1-3",
-                        rank_correlation(supervised[:, :26]), below=0)]),
-        Claim("5c", "robustness is limited up to the last few layers",
-              [Quantity("SimCLR diagonal, BG4 and later - BG1-3",
-                        simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), above=0)])]
+    found = {"5a supervised invariance fades gradually from the first layers": {
+        "supervised diagonal, rank correlation with depth, BG1-3": (
+            rank_correlation(supervised[:, :26]), -np.inf, 0)}}
     if simclr.shape[1] > 32:  # networks from other projects come without a head
-        head = Quantity("SimCLR diagonal, head", simclr[:, 32:].mean(1), above=0.5, below=0.95)
-        found.insert(1, Claim("5b", "SimCLR's head learns substantial but not total invariance", [head]))
+        found["5b SimCLR's head learns substantial but not total invariance"] = {
+            "SimCLR diagonal, head": (simclr[:, 32:].mean(1), 0.5, 0.95)}
+    found["5c robustness is limited up to the last few layers"] = {
+        "SimCLR diagonal, BG4 and head - BG1-3": (
+            simclr[:, 26:].mean(1) - simclr[:, :26].mean(1), 0, np.inf)}
     return found
 
 
@@ -67,9 +66,10 @@ def main():
     args = figure_parser(__doc__).parse_args()
     if args.replot:
         return replot(args, "fig5", claims, plot)
-    study = open_study(args, METHODS)
-    arrays = compare_copies(study, "supervised") | compare_copies(study, "simclr")
-    report(args, "fig5", save_arrays(study, "fig5", arrays), claims, plot)
+    networks, data, arrays = open_study(args, METHODS)
+    for method, models in networks.items():
+        arrays |= compare_copies(args, models, data.test_images, method)
+    report(args, "fig5", claims, plot, arrays)
 
 
 if __name__ == "__main__":
