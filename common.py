@@ -109,7 +109,7 @@ def explained(what, *kinds):
             raise UserError(f"out of memory with {what}") from None
         if not isinstance(error, kinds):
             raise
-        raise UserError(f"{what}: {str(error)[:250]}") from None
+        raise UserError(f"{what}: {str(error).split('. ')[0][:250]}") from None
 
 
 out_of_memory_advice = explained  # its name where no other errors are meant
@@ -205,20 +205,14 @@ def load_data(path, device, download=False):
     CIFAR-10 is fetched into the folder `data` and, with `download`, into any other, but only where nothing
     else lies. UserError for what is missing, unreadable, of unequal size or laid out in another way, by name.
     """
-    folder, cifar = Path(os.path.expanduser(path)), torchvision.datasets.CIFAR10
+    folder = Path(os.path.expanduser(path))
     with explained(f"--data {path} (for memory: fewer or smaller images, or --device cpu)", OSError):
-        found = {name for name in os.listdir(folder) if name[0] != "."} if folder.exists() else set()
-        others = found - {cifar.base_folder, cifar.filename}
-        download = not others and (download or os.path.abspath(folder) == os.path.abspath("data"))
         if str(path) == "synthetic":
             data = Data(*synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES)
-        elif {"train", "test"} <= found:
+        elif (folder / "train").is_dir() and (folder / "test").is_dir():
             data = _load_image_folder(folder)
-        elif download or found > others:
-            data = _load_cifar10(folder, download)
         else:
-            what = f"found {first_names(sorted(found)) or 'nothing'}" if folder.exists() else "no such folder"
-            raise UserError(f"--data {path}: {what}; {LAYOUT}")
+            data = _load_cifar10(folder, download)
         return Data(*(t.to(device) for t in data[:4]), data.classes)
 
 
@@ -232,12 +226,15 @@ def channel_statistics(images):
 
 
 def _load_cifar10(folder, download):
-    """CIFAR-10 through torchvision, which checks every md5, unpacks the archive and, if told, fetches it."""
+    """CIFAR-10 through torchvision, which checks every md5, unpacks the archive and fetches it if told to."""
     cifar, parts = torchvision.datasets.CIFAR10, []
-    unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
-    with explained(f"--data {folder}: {cifar.filename} (md5 {cifar.tgz_md5}) wanted; {LAYOUT}", Exception):
+    found = sorted(name for name in os.listdir(folder) if name[0] != ".") if folder.exists() else []
+    with explained(f"--data {folder}: found {first_names(found) or 'nothing'}; {LAYOUT}", Exception):
+        wanted = download or os.path.abspath(folder) == os.path.abspath("data")
+        fetch = wanted and set(found) <= {cifar.base_folder, cifar.filename}
+        unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
         for train in (True, False):
-            part = cifar(folder, train=train, download=download or unpack)
+            part = cifar(folder, train=train, download=fetch or unpack)
             parts += torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
     return Data(*parts, part.classes)
 
@@ -261,8 +258,8 @@ def _load_image_folder(folder):
     with ThreadPoolExecutor() as pool:
         for i, image in enumerate(pool.map(_decode, files)):
             if image.shape != images.shape[1:]:
-                raise UserError(f"{files[i]}: {image.shape[2]} x {image.shape[1]} pixels, others "
-                                f"{images.shape[3]} x {images.shape[2]}; all must have the same size")
+                raise UserError(f"{files[i]}: height and width {tuple(image.shape[1:])}, others "
+                                f"{tuple(images.shape[2:])}; all must have the same size")
             images[i] = image
             if sys.stderr.isatty() and i % 500 == 0:
                 print(f"reading image {i:,} of {len(files):,}", end="\r", file=sys.stderr)
@@ -282,20 +279,15 @@ def _files_below(path, known):
 
 
 def _decode(file):
-    """uint8 (3, h, w) of an image file as stored: not turned by EXIF, alpha dropped, the first of its pages.
+    """uint8 (3, h, w) of an image file as Pillow converts it: not turned by EXIF, the first of its pages.
 
-    Pillow converts palettes, CMYK and 16-bit colour (whose high bytes it keeps). UserError for gray with more
-    than 8 bits and floating-point pixels, which it would clip, and for what cannot be read.
+    UserError for gray of more than 8 bits and floating-point pixels, which Pillow would clip.
     """
     with explained(f"image {file}", Exception):
         with torchvision.datasets.folder.Image.open(file) as image:  # Pillow, which torchvision needs
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits (Pillow's mode {image.mode}); save it with 8")
             return torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))
-
-
-SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
-                     for texture in ("plain", "upright striped", "level striped", "checked", "ringed")]
 
 
 def synthetic_images(n, seed):
@@ -860,10 +852,9 @@ def read_file(path, device="cpu"):
         raise
     except Exception as error:  # damaged files fail in many ways
         refused = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
-        what = f"holds {refused[1] or refused[2]}, which could run code" if refused else "damaged"
-        raise UserError(f"{path}: {what}, or not written by torch.save; where you trust it, save its tensors "
-                        'alone: torch.save(model.state_dict(), "weights.pt"), or for safetensors '
-                        'torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
+        what = f"it holds code ({refused[1] or refused[2]})" if refused else "damaged, or not from torch.save"
+        raise UserError(f'{path}: {what}; expected: torch.save(model.state_dict(), "weights.pt"), or from '
+                        'safetensors torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
 
 
 def read_checkpoint(path, device="cpu"):
@@ -939,8 +930,8 @@ def find_backbone(content, path, prefix=None):
     """({torchvision's name: tensor}, prefix, names left out) of the one ResNet-50 in what a file holds.
 
     Its names may follow any prefix, in dicts in dicts, and be numbered by nn.Sequential. Of several that
-    differ `prefix` picks one (its end is enough), else the only one without a word of `SECOND_CHOICE` is
-    taken. UserError if none is whole, with what the nearest lacks or has besides, and if none is picked.
+    differ the one at `prefix` is taken, or the only one without a word of `SECOND_CHOICE`. UserError if none
+    is whole, with what the nearest lacks or has besides, and if several are left.
     """
     tensors, whole = dict(_tensors(content)), {}
     faults = [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
@@ -948,28 +939,27 @@ def find_backbone(content, path, prefix=None):
         wanted = dict(list(torchvision.models.resnet50().state_dict().items())[:-2])  # the last two are fc's
     pattern = r"^((?:.*\.)?)(?:layer1|([234]))\.0\.conv1\.weight$"  # a number if names are nn.Sequential's
     for start, layer1 in re.findall(pattern, "\n".join(tensors), re.MULTILINE):
-        tops = {"conv1": "0", "bn1": "1"} | {f"layer{g + 1}": str(int(layer1 or 0) + g) for g in range(4)}
-        names = {}
+        numbers = {"conv1": "0", "bn1": "1"} | {f"layer{g + 1}": str(int(layer1 or 0) + g) for g in range(4)}
+        network, others = {}, dict(tensors)
         for name in wanted:
             top, rest = name.split(".", 1)
-            there = f"{start}{tops[top] if layer1 else top}.{rest}"
-            names[name] = there if there in tensors else there.replace("downsample", "shortcut")
-        network = {name: tensors[there] for name, there in names.items() if there in tensors}
-        used = set(names.values())
-        others = [name for name in tensors if name not in used]
+            there = f"{start}{numbers[top] if layer1 else top}.{rest}"
+            if there not in tensors:
+                there = there.replace("downsample", "shortcut")
+            if there in tensors:
+                network[name] = others.pop(there)
+        wrong = [name for name, tensor in wanted.items() if "num_batches" not in name
+                 and getattr(network.get(name), "shape", None) not in (tensor.shape, (64, 3, 3, 3))]
         besides = re.compile(re.escape(start) + r"(conv\d|bn\d|layer\d|stem|[2-7]\.\d)")  # the rest is a head
-        wrong = [name for name in wanted if "num_batches" not in name and (
-            name not in network or network[name].shape not in (wanted[name].shape, (64, 3, 3, 3)))]
         wrong += filter(besides.match, others)
         faults.append((len(wrong), f"missing, of another shape or too many: {first_names(wrong)}"))
         if not wrong:
-            whole[start] = network, start, others
+            whole[start] = network, start, list(others)
     if not whole:
         raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {min(faults)[1]}")
     chosen = [p for p in whole if not SECOND_CHOICE & set(re.split(r"[._]", p.lower()))] or list(whole)
     if prefix is not None:
-        ends = [p for p in whole if f".{p}".endswith(f".{prefix.strip('.')}.")]
-        chosen = [p for p in whole if p.strip(".") == prefix.strip(".")] or ends
+        chosen = [p for p in whole if p.strip(".") == prefix.strip(".")]
     first, *others = [whole[p][0] for p in chosen] or [{}]
     if not chosen or any(not torch.equal(first[name], other[name]) for other in others for name in first):
         raise UserError(f"{path}: choose a ResNet-50 with --prefix: {first_names([repr(p) for p in whole])}")
