@@ -967,14 +967,12 @@ def find_backbone(content, path, prefix=None):
 
 
 def _tensors(value, where=""):
-    """(name, tensor) of all tensors in dicts and lists in one another, the names joined by dots."""
-    if isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
-    for key, item in value.items() if isinstance(value, dict) else ():
-        if isinstance(item, torch.Tensor):
-            yield f"{where}{key}", item
-        else:
-            yield from _tensors(item, f"{where}{key}.")
+    """(name, tensor) of every tensor in dicts and lists in one another; a name is all keys on the way."""
+    if isinstance(value, torch.Tensor):
+        yield where[1:], value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{where}.{key}")
 
 
 def first_names(names, most=5):

@@ -973,15 +973,13 @@ def write_images(folder, g, classes=("ant", "bee", "cat", "dog"), train=10, test
 
 def test_data_synthetic():
     """Disjoint, by the seed, with colours that give nothing away; means and deviations equal numpy's."""
-    images, again, other = (common.synthetic_images(50, seed)[0] for seed in (3, 3, 4))
-    assert torch.equal(images, again) and not torch.equal(images, other)
     data = common.load_data("synthetic", DEVICES[-1])
     assert {t.device.type for t in data[:4]} == {DEVICES[-1].type} and len(data.classes) == 10
     data = [t.cpu() for t in data[:4]]
-    for images, labels, n in (data[:2] + [4000], data[2:] + [500]):
-        assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8
+    for images, labels, n, seed in (data[:2] + [4000, 1], data[2:] + [500, 2]):
+        assert images.dtype == torch.uint8 and torch.equal(images, common.synthetic_images(n, seed)[0])
         assert labels.dtype == torch.int64 and labels.unique().tolist() == list(range(10))
-    assert len({x.tobytes() for part in data[::2] for x in part.numpy()}) == 4500
+    assert len({x.tobytes() for x in torch.cat(data[::2]).numpy()}) == 4500
     train, test = (part.double().mean((2, 3)) for part in data[::2])
     means = torch.stack([train[data[1] == label].mean(0) for label in range(10)])
     guess = torch.cdist(test, means).argmin(1)
@@ -1007,21 +1005,20 @@ def test_data_image_folder():
                        "test/ape/._0.png", "train/notes.txt", "train/bat/labels.txt"):
             (folder / hidden).parent.mkdir(exist_ok=True)
             (folder / hidden).write_bytes(b"no image")
-        for moved in ("more/1.png", "0.png"):  # links to elsewhere are followed, once
-            (home / moved).parent.mkdir(exist_ok=True)
-            (folder / "test/cow" / Path(moved).name).rename(home / moved)
+        (home / "more").mkdir()  # links to elsewhere are followed, once
+        (folder / "test/cow/1.png").rename(home / "more/1.png")
+        (folder / "test/cow/0.png").rename(home / "0.png")
         links = {"train/ape/loop": "..", "train/bat/inner/up": "../../../..", "test/x": "../train",
                  "test/cow/other": "../ape", "test/cow/more": home / "more", "../more/again": ".",
                  "test/cow/0.png": home / "0.png"}
         for link, target in links.items():
             (folder / link).symlink_to(target)
         data = common.load_data("~/data", torch.device("cpu"))
-        assert data.classes == ["ape", "bat", "cow"]
-        assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-        assert data.test_labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
-        assert torch.equal(torch.cat([data.test_images, data.train_images]), torch.stack(want))
         single = common.load_data(write_images(home / "one", rng(), ("ant",), 1, 1), torch.device("cpu"))
-        assert single.train_labels.tolist() == [0] and single.test_images.shape == (1, 3, 16, 16)
+    assert data.classes == ["ape", "bat", "cow"] and single.test_images.shape == (1, 3, 16, 16)
+    assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert data.test_labels.tolist() == [0] * 2 + [1] * 2 + [2] * 2
+    assert torch.equal(torch.cat([data.test_images, data.train_images]), torch.stack(want))
 
 
 def test_data_cifar():
@@ -1055,19 +1052,17 @@ def offline():
 
 def test_data_refused():
     """Other layouts and pixels are refused by name; CIFAR-10 is fetched only where nothing else lies."""
-    table = {"missing": ([], "found nothing"), "top": (["ant/0.png", "bee/0.png"], "found ant, bee"),
+    table = {"missing": ([], "found nothing"), "file": ([], "Not a directory"),
              "capital": (["Train/ant/0.png", "Test/ant/0.png"], "found Test, Train"),
-             "flat": (["0.png", "2.txt"], "found 0.png, 2.txt"), "file": ([], "Not a directory"),
-             "half": (["train/ant/0.png"], "found train"), "data": (["ant/0.png"], "found ant"),
+             "flat": (["0.png", "2.txt"], "found 0.png, 2.txt"), "data": (["ant/0.png"], "found ant"),
+             "half": (["train/ant/0.png"], "found train"), "archive": (["cifar-10-python.tar.gz"], "corrupted"),
              "classes": (["train/ant/0.png", "train/bee/0.png", "test/ant/0.png"], "none of bee"),
              "none": (["train/0.png", "test/0.png"], "none of any"),
              "empty": (["train/ant/0.png", "train/bee/0.txt", "test/ant/0.png", "test/bee/0.txt"], "of bee"),
-             "damaged": (["train/ant/0.png", "test/ant/x.png"], "x.png: cannot identify"),
+             "damaged": (["train/ant/0.png", "test/ant/text.png"], "text.png: cannot identify"),
              "size": (["train/ant/0.png", "test/ant/wide.png"], "wide.png: height and width (8, 9)"),
              "short": (["train/ant/0.png", "test/ant/<u2.tif"], "<u2.tif: more than 8 bits"),
-             "long": (["train/ant/0.png", "test/ant/<i4.tif"], "mode I)"),
-             "float": (["train/ant/0.png", "test/ant/<f4.tif"], "mode F)"),
-             "archive": (["cifar-10-python.tar.gz"], "corrupted")}
+             "float": (["train/ant/0.png", "test/ant/<f4.tif"], "mode F)")}
     picture = torchvision.datasets.folder.Image  # Pillow, which torchvision needs
     with temporary_folder() as folder, offline() as fetch, \
             mock.patch.object(os, "getcwd", return_value=str(folder)):
@@ -1076,8 +1071,8 @@ def test_data_refused():
             for path in (folder / name / file for file in files):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"no picture")
-                if path.stem in ("0", "wide") and path.suffix == ".png":
-                    write_png(torch.zeros(3, 8, 9 if "wide" in path.stem else 8).byte(), str(path))
+                if path.name in ("0.png", "wide.png"):
+                    write_png(torch.zeros(3, 8, 8 + ("wide" in path.name)).byte(), str(path))
                 elif path.suffix == ".tif":
                     picture.fromarray(np.zeros((8, 8), path.stem)).save(path)
             for download in (False, True):
@@ -1089,10 +1084,6 @@ def test_data_refused():
         shutil.rmtree(folder / "data")
         with raises(common.UserError, "no network", "train/<class>/", "synthetic"):
             common.load_data("data", torch.device("cpu"))
-        full = torch.OutOfMemoryError("CUDA out of memory")
-        with mock.patch.object(torchvision.transforms.functional, "pil_to_tensor", side_effect=full):
-            with raises(common.UserError, "out of memory with image"):
-                common.load_data(folder / "size", torch.device("cpu"))
 
 
 # ============================================================================================================
@@ -1368,8 +1359,8 @@ def test_checkpoint_bad_files():
         contents += zip(damaged, ["damaged, or not from torch.save"] * 4)
         for value, word in ((Payload(), "system"), (keys | {"backbone": Payload()}, "system"),
                             ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
-                            (Path("x"), "pathlib."), ({"best": np.float64(71)}, "numpy"),
-                            (nn.Linear(2, 2), "Linear"), (keys, "no tensors"), ([1, 2], "no tensors")):
+                            ({"best": np.float64(71)}, "numpy"), (nn.Linear(2, 2), "Linear"),
+                            (keys, "no tensors"), ([1, 2], "no tensors")):
             for zipped in (True, False):
                 buffer = io.BytesIO()
                 torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
@@ -1378,18 +1369,13 @@ def test_checkpoint_bad_files():
             path.write_bytes(content)
             with raises(common.UserError, str(path), word):
                 common.load_model(path)
-            with raises(common.UserError, str(path)):  # no reason to start again
+            with raises(common.UserError, str(path)):
                 common.read_checkpoint(path)
         assert_refused("train_supervised.py", *flags_for("supervised", folder, "--seeds", 0))
         assert path.read_bytes() == content and not marker.exists(), "a file was overwritten or executed"
         for place, word in ((folder / "none", "No such file"), (folder, "Is a directory")):
             with raises(common.UserError, str(place), word):
                 common.load_model(place)
-        for error, word in ((PermissionError(13, "Permission denied"), "Permission denied"),
-                            (torch.OutOfMemoryError("CUDA out of memory"), "out of memory")):
-            with mock.patch.object(torch, "load", side_effect=error):
-                with raises(common.UserError, str(path), word):
-                    common.load_model(path)
 
 
 def state_dict(prefix="", shift=0.0, layer1=None, network=torchvision.models.resnet50):
@@ -1408,22 +1394,17 @@ def state_dict(prefix="", shift=0.0, layer1=None, network=torchvision.models.res
 
 def test_checkpoint_backbone_found():
     """A ResNet-50 is found after any prefix in any nesting, of several the one that projects publish."""
-    plain, other = state_dict(), state_dict(shift=0.5)
-    fc, queue = {"fc.weight": torch.ones(10, 2048)}, {"queue": torch.ones(3, 4)}
-    momentum = {"state_dict": state_dict("momentum_backbone.", 0.5) | state_dict("backbone.")}
-    dino = {"student": state_dict("module.backbone.", 0.5), "teacher": state_dict("backbone.")}
+    plain, fc, queue = state_dict(), {"fc.weight": torch.ones(10, 2048)}, {"queue": torch.ones(3, 4)}
     layouts = [  # content, prefix of what is taken, names left out or how many
         (plain | fc, "", ["fc.weight"]), ({"model_state_dict": plain, "epoch": 3}, "model_state_dict.", 0),
         ({name: value for name, value in plain.items() if "num_batches" not in name}, "", 0),
-        ({"state_dict": state_dict("module.encoder_k.", 0.5) | state_dict("module.encoder_q.") | queue},
-         "state_dict.module.encoder_q.", 319),
-        (momentum, "state_dict.backbone.", 318), (dino, "teacher.backbone.", 318),
-        ({"target": other, "online": plain, "optimizer": {0: {"m": torch.ones(2)}}}, "online.", 319),
-        ({"ema": other, "net": plain}, "net.", 318), (state_dict("", layer1=3), "", 0),
         ({"a": [{"model": state_dict("_orig_mod.")}]}, "a.0.model._orig_mod.", 0),
-        (state_dict("f.", layer1=4) | {"g.0.weight": torch.ones(2, 2)}, "f.", ["g.0.weight"]),
+        (state_dict("", layer1=3), "", 0), (state_dict("f.", layer1=4) | queue, "f.", ["queue"]),
         ({n.replace("downsample", "shortcut"): value for n, value in state_dict("net.").items()}, "net.", 0),
         (state_dict("b.") | state_dict("c.d."), "b.", 318)]
+    for name in ("encoder_k", "student", "target", "key_encoder", "momentum_backbone", "ema"):
+        beside = {"state_dict": state_dict(f"module.{name}.", 0.5) | state_dict("module.teacher.") | queue}
+        layouts.append((beside, "state_dict.module.teacher.", 319))
     for content, prefix, left_out in layouts:
         weights, found, beside = common.find_backbone(content, "net.pt")
         assert found == prefix and left_out in (beside, len(beside)), f"took {found}, left out {len(beside)}"
@@ -1433,10 +1414,9 @@ def test_checkpoint_backbone_found():
     refused = [
         ({n: v for n, v in plain.items() if n != "layer3.2.bn1.bias"}, ["many: layer3.2.bn1.bias"]),
         (plain | {"layer5.0.conv1.weight": torch.ones(1)}, ["many: layer5.0.conv1.weight"]),
-        (plain | {"stem.conv1.weight": torch.ones(64, 3, 7, 7)}, ["stem.conv1.weight"]),
+        (plain | {"stem.conv1.weight": torch.ones(64, 3, 7, 7)}, ["many: stem.conv1.weight"]),
         (plain | {"conv1.weight": torch.ones(64, 1, 7, 7)}, ["many: conv1.weight"]),
         ({n: v for n, v in plain.items() if "running" not in n}, ["bn1.running_mean"]),
-        (state_dict(network=torchvision.models.resnet18), ["layer1.0.conv3.weight"]),
         (state_dict(layer1=4, network=torchvision.models.resnet101), ["6.6.conv1.weight"]),
         (state_dict("x.", network=torchvision.models.wide_resnet50_2), ["layer1.0.conv1.weight"]),
         ({"a": {"weights": torch.ones(3)}}, ["found a.weights"]), ({"epoch": 3}, ["no tensors"]),
@@ -1444,8 +1424,8 @@ def test_checkpoint_backbone_found():
     for content, words in refused:
         with raises(common.UserError, "net.pt", *words):
             common.find_backbone(content, "net.pt")
-    for prefix, found in (("model.a", "model.a."), ("model.b.", "model.b.")):
-        assert common.find_backbone(two, "net.pt", prefix)[1] == found
+    for prefix in ("model.a", "model.b."):
+        assert common.find_backbone(two, "net.pt", prefix)[1].strip(".") == prefix.strip(".")
     with raises(common.UserError, "--prefix", "'model.a.'"):
         common.find_backbone(two, "net.pt", "c")
 
