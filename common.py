@@ -202,18 +202,26 @@ Data = namedtuple("Data", "train_images train_labels test_images test_labels cla
 def load_data(path, device, download=False):
     """`Data` of a folder with CIFAR-10 or `train/<class>/` and `test/<class>/` images, or of "synthetic".
 
-    CIFAR-10 is fetched into the folder `data` and, with `download`, into any other, but only where nothing
-    else lies. UserError for what is missing, unreadable, of unequal size or laid out in another way, by name.
+    CIFAR-10 is unpacked and checked; it is fetched into the folder `data` and, with `download`, into any other,
+    but only where nothing else lies. UserError for what is missing, unreadable or laid out in another way.
     """
-    folder = Path(os.path.expanduser(path))
+    folder, cifar = Path(os.path.expanduser(path)), torchvision.datasets.CIFAR10
     with explained(f"--data {path} (for memory: fewer or smaller images, or --device cpu)", OSError):
+        found = sorted(name for name in os.listdir(folder) if name[0] != ".") if folder.exists() else []
         if str(path) == "synthetic":
-            data = Data(*synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES)
-        elif (folder / "train").is_dir() and (folder / "test").is_dir():
+            data = *synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES
+        elif {"train", "test"} <= set(found):
             data = _load_image_folder(folder)
         else:
-            data = _load_cifar10(folder, download)
-        return Data(*(t.to(device) for t in data[:4]), data.classes)
+            wanted = download or os.path.abspath(folder) == os.path.abspath("data")
+            fetch = wanted and set(found) <= {cifar.base_folder, cifar.filename}
+            unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
+            with explained(f"--data {path}: found {first_names(found) or 'nothing'}; {LAYOUT}", Exception):
+                sets = [cifar(folder, train=train, download=fetch or unpack) for train in (True, False)]
+            images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
+            labels = [torch.tensor(part.targets) for part in sets]
+            data = images[0], labels[0], images[1], labels[1], sets[0].classes
+        return Data(*(t.to(device) for t in data[:4]), data[4])
 
 
 def channel_statistics(images):
@@ -225,22 +233,8 @@ def channel_statistics(images):
     return tuple(means), tuple(max(s, 1e-6) for s in stds)  # a channel of one value must not divide by zero
 
 
-def _load_cifar10(folder, download):
-    """CIFAR-10 through torchvision, which checks every md5, unpacks the archive and fetches it if told to."""
-    cifar, parts = torchvision.datasets.CIFAR10, []
-    found = sorted(name for name in os.listdir(folder) if name[0] != ".") if folder.exists() else []
-    with explained(f"--data {folder}: found {first_names(found) or 'nothing'}; {LAYOUT}", Exception):
-        wanted = download or os.path.abspath(folder) == os.path.abspath("data")
-        fetch = wanted and set(found) <= {cifar.base_folder, cifar.filename}
-        unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
-        for train in (True, False):
-            part = cifar(folder, train=train, download=fetch or unpack)
-            parts += torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-    return Data(*parts, part.classes)
-
-
 def _load_image_folder(folder):
-    """`train/<class>/*` and `test/<class>/*`, all of one size; labels number the sorted class names."""
+    """What `Data` holds, of `train/<class>/*` and `test/<class>/*`; labels number the sorted class names."""
     parts, class_of = [(folder / part).resolve() for part in ("train", "test")], {}
     for part in parts:
         below = [file for file in _files_below(part, parts) if file.parent != part]
@@ -263,7 +257,7 @@ def _load_image_folder(folder):
             images[i] = image
             if sys.stderr.isatty() and i % 500 == 0:
                 print(f"reading image {i:,} of {len(files):,}", end="\r", file=sys.stderr)
-    return Data(images[:n], labels[:n], images[n:], labels[n:], classes)
+    return images[:n], labels[:n], images[n:], labels[n:], classes
 
 
 def _files_below(path, known):
@@ -922,16 +916,13 @@ def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=N
     return load_model(path, device, method, image_size, mean, std)
 
 
-# Words in the prefixes of networks that stand beside the one that projects publish: a teacher, a query, ...
-SECOND_CHOICE = {"student", "k", "key", "target", "momentum", "ema"}
-
-
 def find_backbone(content, path, prefix=None):
     """({torchvision's name: tensor}, prefix, names left out) of the one ResNet-50 in what a file holds.
 
     Its names may follow any prefix, in dicts in dicts, and be numbered by nn.Sequential. Of several that
-    differ the one at `prefix` is taken, or the only one without a word of `SECOND_CHOICE`. UserError if none
-    is whole, with what the nearest lacks or has besides, and if several are left.
+    differ the one at `prefix` is taken, or the only one that is not of second choice: what stands beside a
+    teacher, a query encoder, an online network. UserError if none is whole, with what the nearest lacks or
+    has besides, and if several are left.
     """
     tensors, whole = dict(_tensors(content)), {}
     faults = [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
@@ -957,7 +948,8 @@ def find_backbone(content, path, prefix=None):
             whole[start] = network, start, list(others)
     if not whole:
         raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {min(faults)[1]}")
-    chosen = [p for p in whole if not SECOND_CHOICE & set(re.split(r"[._]", p.lower()))] or list(whole)
+    second_choice = {"student", "k", "key", "target", "momentum", "ema"}
+    chosen = [p for p in whole if not second_choice & set(re.split(r"[._]", p.lower()))] or list(whole)
     if prefix is not None:
         chosen = [p for p in whole if p.strip(".") == prefix.strip(".")]
     first, *others = [whole[p][0] for p in chosen] or [{}]
