@@ -202,7 +202,7 @@ Data = namedtuple("Data", "train_images train_labels test_images test_labels cla
 def load_data(path, device, download=False):
     """`Data` of a folder with CIFAR-10 or `train/<class>/` and `test/<class>/` images, or of "synthetic".
 
-    CIFAR-10 is unpacked and checked; it is fetched into the folder `data` and, with `download`, into any other,
+    CIFAR-10 is unpacked and checked, and fetched into the folder `data` and, with `download`, into any other,
     but only where nothing else lies. UserError for what is missing, unreadable or laid out in another way.
     """
     folder, cifar = Path(os.path.expanduser(path)), torchvision.datasets.CIFAR10
@@ -846,7 +846,7 @@ def read_file(path, device="cpu"):
         raise
     except Exception as error:  # damaged files fail in many ways
         refused = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
-        what = f"it holds code ({refused[1] or refused[2]})" if refused else "damaged, or not from torch.save"
+        what = f"{refused[1] or refused[2]} in it could run code" if refused else "damaged or not by torch.save"
         raise UserError(f'{path}: {what}; expected: torch.save(model.state_dict(), "weights.pt"), or from '
                         'safetensors torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
 

@@ -1022,7 +1022,7 @@ def test_data_image_folder():
 
 
 def test_data_cifar():
-    """CIFAR-10's own files, six images in each: pixels, labels, class names; refused once one is altered."""
+    """CIFAR-10's archive, six images a file: pixels, labels, class names; refused once a file is altered."""
     cifar, g = torchvision.datasets.CIFAR10, rng()
     images, labels = some_images(g, 36, 32, 32), torch.randint(10, (36,), generator=g).tolist()
     files = {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
@@ -1036,7 +1036,12 @@ def test_data_cifar():
         (folder / "cifar-10-batches-py").mkdir()
         for name, content in files.items():
             (folder / "cifar-10-batches-py" / name).write_bytes(content)
-        data = common.load_data(folder, torch.device("cpu"))
+        shutil.make_archive(folder / "cifar-10-python", "gztar", folder, "cifar-10-batches-py")
+        shutil.rmtree(folder / "cifar-10-batches-py")
+        archive = folder / "cifar-10-python.tar.gz"
+        with mock.patch.object(cifar, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest()):
+            data = common.load_data(folder, torch.device("cpu"))
+        archive.unlink()
         (folder / "cifar-10-batches-py" / "test_batch").write_bytes(b"altered")
         with raises(common.UserError, "corrupted", "synthetic"):
             common.load_data(folder, torch.device("cpu"))
@@ -1357,7 +1362,7 @@ def test_checkpoint_bad_files():
         header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         contents = [(struct.pack("<Q", len(header)) + header + bytes(4), "safetensors.torch.load_file")]
         damaged = b"", b"hello", good[:len(good) // 2], pickle.dumps(Payload())
-        contents += zip(damaged, ["damaged, or not from torch.save"] * 4)
+        contents += zip(damaged, ["damaged or not by torch.save"] * 4)
         for value, word in ((Payload(), "system"), (keys | {"backbone": Payload()}, "system"),
                             ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
                             ({"best": np.float64(71)}, "numpy"), (nn.Linear(2, 2), "Linear"),
