@@ -845,8 +845,8 @@ def read_file(path, device="cpu"):
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
-        refused = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
-        what = f"{refused[1] or refused[2]} in it could run code" if refused else "damaged or not by torch.save"
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
+        what = f"{code[1] or code[2]} in it could run code" if code else "damaged or not by torch.save"
         raise UserError(f'{path}: {what}; expected: torch.save(model.state_dict(), "weights.pt"), or from '
                         'safetensors torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
 

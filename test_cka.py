@@ -1574,8 +1574,9 @@ def test_errors_out_of_memory():
             raise error
         line = err.getvalue()
         assert line.startswith("error: out of memory with ") and line.count("\n") == 1, repr(error)
-        with raises(common.UserError, "out of memory with less"), common.explained("less", Exception):
-            raise error
+        with raises(common.UserError, "out of memory with less"), common.explained("more", Exception):
+            with common.explained("less", Exception):
+                raise error
     for advice in (contextlib.nullcontext(), common.explained("less", OSError)):
         with raises(RuntimeError, "shapes"), common.user_errors(), advice:
             raise RuntimeError("shapes do not fit")
