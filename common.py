@@ -38,6 +38,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -74,37 +75,44 @@ class UserError(Exception):
 @contextlib.contextmanager
 def user_errors():
     """Turns what a user can mend into one line on stderr and exit code 2; wraps each script's `main()`."""
+    code = 2
     try:
-        yield
+        with explained("these flags: lower --batch-size (in training --micro-batch), --samples or --subset"):
+            yield
         return
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of our output went away: nothing left to say
-        sys.stderr.close()
-        code = 1
-    except Exception as error:
-        code, reason = 2, None
-        if isinstance(error, UserError):
-            reason = str(error)
-        elif is_out_of_memory(error):
-            reason = "out of memory; lower --batch-size (in training --micro-batch), or --samples or --subset"
-        elif isinstance(error, OSError):  # a folder taken away, say: the machine's trouble, not the code's
-            reason = f"{error.filename or ''} {error.strerror or error}; what was saved before is kept"
-        elif world_size() == 1:
+    except (UserError, OSError) as error:  # a folder taken away, say: the machine's trouble, not the code's
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except Exception:
+        if world_size() == 1:
             raise
-        else:
-            code = 1
-            traceback.print_exc()
-        if reason:
-            print("error: " + " ".join(reason.split()), file=sys.stderr)
+        traceback.print_exc()
     if world_size() > 1:  # at once, as tidying up would wait for kernels that never finish
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def explained(what, *kinds):
+    """Errors of the `kinds` become UserError "what: reason", and a lack of memory one that names `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # below are the words of Python, the system, a GPU and oneDNN
+        if re.search("(?i)memoryerror|(out of|not enough|allocate|create a) memory|cpuallocator|bad_alloc|"
+                     "create a primitive|alloc_failed|new thread", repr(error)):
+            raise UserError(f"out of memory with {what}") from None
+        if not isinstance(error, kinds):
+            raise
+        raise UserError(f"{what}: {str(error).split('. ')[0][:250]}") from None
+
+
+out_of_memory_advice = explained  # its name where no other errors are meant
 
 
 def warn(text):
@@ -112,58 +120,18 @@ def warn(text):
     print("warning: " + text, file=sys.stderr)
 
 
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "defaultcpuallocator", "bad_alloc",
-                 "could not create a primitive", "could not create a memory", "alloc_failed", "new thread")
-
-
-def is_out_of_memory(error):
-    """True if an exception means that memory ran out: a GPU's, the system's, or what oneDNN asked for."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower() if isinstance(error, (RuntimeError, OSError)) else ""
-    return any(words in text for words in OUT_OF_MEMORY)
-
-
-@contextlib.contextmanager
-def out_of_memory_advice(advice):
-    """Turns running out of memory into a UserError with `advice`: sizes in use and flags that help."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory with {advice}") from None
-
-
 def write_atomically(path, write):
-    """`write(file)` fills a temporary binary file, which then becomes `path`: the old or the new, never half.
-
-    UserError with the cause, a full disk say, if it cannot be written; the old file is kept then.
-    """
-    path = Path(path)
-    process = f"{platform.node()}-{os.getpid()}"  # two that write one file must not share a temporary one
-    temporary = path.with_name(f"{path.name}.{process}.tmp")
+    """`write(file)` fills a temporary file, which becomes `path`: the old or the new is there, never half."""
+    temporary = Path(f"{path}.{platform.node()}-{os.getpid()}.tmp")  # two processes must not share one
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror or cause}); what was there before is "
-                        "kept") from None
+        with explained(f"{path} is not written, what was there before is kept", OSError):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the new name too on the disk; Windows and some network drives cannot
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        temporary.unlink(missing_ok=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,22 +142,18 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def number(kind, low=0, above=None):
-    """An argparse type: a finite int or float, at least `low` or, if that is given, above `above`."""
-    name = {int: "a whole number", float: "a number"}[kind]
-    limit = f"at least {low}" if above is None else f"above {above}"
-
+def number(kind, low=0, above=-math.inf):
+    """An argparse type: a finite int or float, at least `low` and above `above`."""
     def parse(text):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
-            if math.isfinite(value) and (value >= low if above is None else value > above):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} {limit}")
+        value = kind(text)
+        if not low <= value < math.inf or value <= above:
+            raise ValueError
+        return value
 
+    parse.__name__ = f"{kind.__name__} {'above' if above == low else 'from'} {low}"  # for argparse's error
     return parse
 
 
@@ -197,14 +161,10 @@ def pick_device(name=None):
     """torch.device for a name such as "cpu" or "cuda:1"; None: cuda, else mps, else cpu. Raises UserError."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with explained(f"--device {name}, where cpu, cuda, cuda:N or mps is expected", Exception):
         device = torch.device(name)
         torch.empty(1, device=device).add_(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = str(error).split("\n")[0][:120]
-        raise UserError(f"--device {name}: unusable ({reason}); expected cpu, cuda, cuda:N or mps") from None
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)  # denormal gradients behind a zero gamma slow some CPUs by a fifth
+    torch.set_flush_denormal(True)  # denormal gradients behind a zero gamma slow some CPUs by a fifth
     return device
 
 
@@ -216,14 +176,11 @@ def generator_for(device, *key):
 
 def writable_folder(folder):
     """Path of `folder`, `~` expanded, created if needed; UserError if nothing can be written there."""
-    try:
-        folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
+    with explained(f"--out {folder}", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows what ~ is
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--out {folder}: cannot write there ({reason}); give one you may write to") from None
+        tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 # ============================================================================================================
@@ -236,31 +193,35 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # it
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published ResNet-50s expect
 LAYOUT = ("expected train/<class>/ and test/<class>/ with images; or cifar-10-python.tar.gz, which "
           "--download fetches into an empty or new folder; or --data synthetic")
-IMAGE_ENDINGS = torchvision.datasets.folder.IMG_EXTENSIONS
-
-
-class Data(NamedTuple):
-    """Images uint8 (n, 3, h, w) and labels int64 (n,), all on one device; class names in label order."""
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
-    classes: list
+SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
+                     for texture in ("plain", "upright striped", "level striped", "checked", "ringed")]
+# Images uint8 (n, 3, h, w) and labels int64 (n,), all on one device; class names in the order of the labels.
+Data = namedtuple("Data", "train_images train_labels test_images test_labels classes")
 
 
 def load_data(path, device, download=False):
-    """Data of a folder with CIFAR-10, or with `train/<class>/` and `test/<class>/` images, or of "synthetic".
+    """`Data` of a folder with CIFAR-10 or `train/<class>/` and `test/<class>/` images, or of "synthetic".
 
-    CIFAR-10 is fetched into the folder `data` and, with `download`, into any other, but only where nothing
-    else lies. UserError for what is missing, unreadable, of unequal size or laid out in another way, by name.
+    CIFAR-10 is unpacked and checked, and fetched into the folder `data` and, with `download`, into any other,
+    but only where nothing else lies. UserError for what is missing, unreadable or laid out in another way.
     """
-    with out_of_memory_advice(f"the images of --data {path}: give fewer or smaller ones, or --device cpu"):
+    folder, cifar = Path(os.path.expanduser(path)), torchvision.datasets.CIFAR10
+    with explained(f"--data {path} (for memory: fewer or smaller images, or --device cpu)", OSError):
+        found = sorted(name for name in os.listdir(folder) if name[0] != ".") if folder.exists() else []
         if str(path) == "synthetic":
-            data = Data(*synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES)
+            data = *synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES
+        elif {"train", "test"} <= set(found):
+            data = _load_image_folder(folder)
         else:
-            data = _load_folder(Path(os.path.expanduser(path)), download)
-        return Data(*(t.to(device) for t in data[:4]), data.classes)
+            wanted = download or os.path.abspath(folder) == os.path.abspath("data")
+            fetch = wanted and set(found) <= {cifar.base_folder, cifar.filename}
+            unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
+            with explained(f"--data {path}: found {first_names(found) or 'nothing'}; {LAYOUT}", Exception):
+                sets = [cifar(folder, train=train, download=fetch or unpack) for train in (True, False)]
+            images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
+            labels = [torch.tensor(part.targets) for part in sets]
+            data = images[0], labels[0], images[1], labels[1], sets[0].classes
+        return Data(*(t.to(device) for t in data[:4]), data[4])
 
 
 def channel_statistics(images):
@@ -272,136 +233,61 @@ def channel_statistics(images):
     return tuple(means), tuple(max(s, 1e-6) for s in stds)  # a channel of one value must not divide by zero
 
 
-def _load_folder(folder, download):
-    """The data in a folder, by what lies in it; UserError that names it if that is neither layout."""
-    cifar = torchvision.datasets.CIFAR10
-    try:
-        entries = _visible(folder, []) if folder.exists() else []
-        names, of_cifar = {entry.name for entry in entries}, {cifar.base_folder, cifar.filename}
-        if {"train", "test"} <= names:
-            return _load_image_folder(folder)
-        download = (download or os.path.abspath(folder) == os.path.abspath("data")) and names <= of_cifar
-        if download or names & of_cifar:
-            return _load_cifar10(folder, download)
-    except OSError as error:
-        raise UserError(f"--data {error.filename or folder}: {error.strerror}; {LAYOUT}") from None
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    images = sum(name.lower().endswith(IMAGE_ENDINGS) for name in names)
-    found = f"found folders {first_names(folders)}" if folders else f"found {images} images and no folders"
-    raise UserError(f"--data {folder}: {found if folder.exists() else 'no such folder'}; {LAYOUT}")
-
-
-def _load_cifar10(folder, download):
-    """CIFAR-10 through torchvision, which checks every md5, unpacks the archive and, if told, fetches it."""
-    cifar = torchvision.datasets.CIFAR10
-    unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
-    try:
-        sets = [cifar(folder, train=train, download=download or unpack) for train in (True, False)]
-    except Exception as error:  # network, disk, archive and pickles fail in many ways
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).split(". ")[0][:120]
-        raise UserError(f"--data {folder}: no whole CIFAR-10 there or to be had ({reason}); put "
-                        f"{cifar.filename} (md5 {cifar.tgz_md5}) into it; {LAYOUT}") from None
-    parts = []
-    for part in sets:
-        parts += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
-    return Data(*parts, sets[0].classes)
-
-
 def _load_image_folder(folder):
-    """`train/<class>/*` and `test/<class>/*`; labels number the classes in the order of their names."""
-    known = [(folder / part).resolve() for part in ("train", "test")]
-    train, test = ({entry.name: _images_below(entry.path, known) for entry in _visible(part, known)
-                    if entry.is_dir()} for part in known)
-    classes, files, labels = list(train), [], []
-    if train.keys() != test.keys() or not classes:
-        differ = first_names(sorted(train.keys() ^ test.keys())) or "none in either"
-        raise UserError(f"--data {folder}: train and test must have the same classes: {differ}; {LAYOUT}")
-    for part in (train, test):
-        for label, name in enumerate(classes):
-            if not part[name]:
-                raise UserError(f"--data {folder}: no images of class {name} in train or test; {LAYOUT}")
-            files += part[name]
-            labels += [label] * len(part[name])
-    images, labels, n = _read_images(files), torch.tensor(labels), sum(map(len, train.values()))
-    return Data(images[:n], labels[:n], images[n:], labels[n:], classes)
-
-
-def _visible(folder, known):
-    """What lies in a folder, sorted, without hidden things and links into or around `known` folders."""
-    found = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        hidden = entry.name.startswith(".") or entry.name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
-        if entry.is_symlink() and entry.is_dir():
-            target = Path(entry.path).resolve()
-            hidden = hidden or any(target.is_relative_to(k) or k.is_relative_to(target) for k in known)
-        if not hidden:
-            found.append(entry)
-    return found
-
-
-def _images_below(folder, known):
-    """Paths of the images below a folder; no link may lead back to `known` folders or those on the way."""
-    images, known = [], known + [Path(folder).resolve()]
-    for entry in _visible(folder, known):
-        if entry.is_dir():
-            images += _images_below(entry.path, known)
-        elif entry.name.lower().endswith(IMAGE_ENDINGS):
-            images.append(entry.path)
-    return images
-
-
-def _read_images(files):
-    """uint8 (n, 3, h, w) of image files of one size, read by threads; says on a terminal how far it is."""
-    first = _decode(files[0])
-    images = first.new_empty(len(files), *first.shape)
+    """What `Data` holds, of `train/<class>/*` and `test/<class>/*`; labels number the sorted class names."""
+    parts, class_of = [(folder / part).resolve() for part in ("train", "test")], {}
+    for part in parts:
+        below = [file for file in _files_below(part, parts) if file.parent != part]
+        class_of |= {file: file.relative_to(part).parts[0] for file in below}
+    classes = sorted(set(class_of.values()))
+    files = [file for file in class_of if file.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
+    n = sum(file.is_relative_to(parts[0]) for file in files)
+    for part in (files[:n], files[n:]):
+        missing = set(classes) - {class_of[file] for file in part}
+        if missing or not part:
+            raise UserError(f"--data {folder}: train and test need images of each class, one has none of "
+                            f"{first_names(sorted(missing)) or 'any'}; {LAYOUT}")
+    labels = torch.tensor([classes.index(class_of[file]) for file in files])
+    images = torch.empty(len(files), *_decode(files[0]).shape, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
-        for done, image in enumerate(pool.map(_decode, files), 1):
-            if image.shape != first.shape:
-                size, expected = (f"{some.shape[2]} x {some.shape[1]}" for some in (image, first))
-                raise UserError(f"{files[done - 1]}: is {size} pixels, the first image {expected}; all must "
-                                "have the same size")
-            images[done - 1] = image
-            if sys.stderr.isatty() and (done % 500 == 0 or done == len(files)):
-                end = "\n" if done == len(files) else ""
-                print(f"\rread {done:,} of {len(files):,} images", end=end, file=sys.stderr, flush=True)
-    return images
+        for i, image in enumerate(pool.map(_decode, files)):
+            if image.shape != images.shape[1:]:
+                raise UserError(f"{files[i]}: height and width {tuple(image.shape[1:])}, others "
+                                f"{tuple(images.shape[2:])}; all must have the same size")
+            images[i] = image
+            if sys.stderr.isatty() and i % 500 == 0:
+                print(f"reading image {i:,} of {len(files):,}", end="\r", file=sys.stderr)
+    return images[:n], labels[:n], images[n:], labels[n:], classes
+
+
+def _files_below(path, known):
+    """Files at or below a path, sorted, without hidden ones and links into or around the `known` folders."""
+    if path.name.startswith(".") or path.name == "__MACOSX":
+        return []
+    if not path.is_dir():
+        return [path]
+    real = path.resolve()
+    if path.is_symlink() and any(real.is_relative_to(k) or k.is_relative_to(real) for k in known):
+        return []
+    return [file for entry in sorted(path.iterdir()) for file in _files_below(entry, [*known, real])]
 
 
 def _decode(file):
-    """uint8 (3, h, w) of an image file, as stored: not turned by EXIF (nor does ImageFolder), alpha dropped.
+    """uint8 (3, h, w) of an image file as Pillow converts it: not turned by EXIF, the first of its pages.
 
-    16-bit gray is divided by 257, which takes 65,535 to 255; of 16-bit colour Pillow keeps the high byte;
-    palettes, CMYK and the like are converted by Pillow. UserError for 32-bit and floating-point pixels, whose
-    range nobody states, for several pages and for what cannot be read.
+    UserError for gray of more than 8 bits and floating-point pixels, which Pillow would clip.
     """
-    try:
+    with explained(f"image {file}", Exception):
         with torchvision.datasets.folder.Image.open(file) as image:  # Pillow, which torchvision needs
-            if image.format == "TIFF" and image.n_frames > 1:
-                raise ValueError(f"{image.n_frames} pages: save each as a file")
-            if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
-                gray = torch.from_numpy(np.array(image).astype(np.int32))
-                return ((gray + 128) // 257).to(torch.uint8).expand(3, -1, -1)
-            if image.mode in ("I", "F"):
-                raise ValueError(f"32-bit pixels, Pillow's mode {image.mode}: save it with 8 or 16 bits")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits (Pillow's mode {image.mode}); save it with 8")
             return torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # damaged files fail in many ways
-        if is_out_of_memory(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)[:120]
-        raise UserError(f"{file}: not usable as an image ({reason}); replace or remove it") from None
-
-
-SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
-                     for texture in ("plain", "upright striped", "level striped", "checked", "ringed")]
 
 
 def synthetic_images(n, seed):
     """Images uint8 (n, 3, 32, 32), labels int64 (n,) of `SYNTHETIC_CLASSES`, on the CPU, from the seed alone.
 
-    A class is a shape and a texture. Position, size, tilt, both colours, the texture's phase and the
-    background's shading and noise do not depend on it, so colour alone does not give the class away.
+    A class is a shape and a texture; all else is independent of it, so colour alone does not give it away.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -409,26 +295,25 @@ def synthetic_images(n, seed):
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
     labels = torch.randint(10, (n,), generator=g)
-    axis = torch.arange(32.0)
-    x, y = axis.view(1, 1, 32) - uniform(12, 20, 1, 1), axis.view(1, 32, 1) - uniform(12, 20, 1, 1)
+    x = torch.arange(32.0) - uniform(12, 20, 1, 1)
+    y = torch.arange(32.0).view(32, 1) - uniform(12, 20, 1, 1)
     tilt, radius = uniform(-0.2, 0.2, 1, 1), uniform(9, 14, 1, 1)
     u = x * tilt.cos() + y * tilt.sin()  # pixels from the centre, along the shape's own axes
     v = y * tilt.cos() - x * tilt.sin()
     rho, a, b = torch.hypot(u, v), u.abs() / radius, v.abs() / radius
     cross = torch.minimum(torch.maximum(a / 0.4, b), torch.maximum(a, b / 0.4))
     size = torch.where((labels >= 5).view(n, 1, 1), cross, rho / radius)  # below 1 inside the shape
-    inside = (0.5 + (1 - size) * radius).clamp(0, 1)  # one pixel wide edge
+    inside = (0.5 + (1 - size) * radius).clamp(0, 1).unsqueeze(1)  # one pixel wide edge
     phase = uniform(0, 2 * math.pi, 1, 1)
     waves = [(w * (2 * math.pi / 6) + phase).sin() for w in (u, v, rho)]  # six pixels a period
     textures = torch.stack([torch.ones(n, 32, 32), waves[0], waves[1], waves[0] * waves[1], waves[2]], 1)
-    dark = textures.gather(1, (labels % 5).view(n, 1, 1, 1).expand(n, 1, 32, 32)) < 0
+    dark = textures[torch.arange(n), labels % 5].unsqueeze(1) < 0
     back, front = torch.rand(n, 3, 1, 1, generator=g), torch.rand(n, 3, 1, 1, generator=g)
     near = (front - back).abs().amax(1, keepdim=True) < 0.4  # too little contrast: move half the range away
     front = torch.where(near, (back + 0.5) % 1, front)
     shading = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=32, mode="bilinear", align_corners=False)
-    ink = torch.where(dark, 1 - front, front)
-    images = torch.lerp(back + shading, ink, inside.unsqueeze(1))
-    images = images + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    images = torch.lerp(back + shading, torch.where(dark, 1 - front, front), inside)
+    images += 0.06 * torch.randn(n, 3, 32, 32, generator=g)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
@@ -946,76 +831,72 @@ def distributed(device_name):
 
 def save_atomically(content, path):
     """torch.save through `write_atomically`: `path` is the old or the new file, never half of one."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    buffer = io.BytesIO()  # writing to the disk itself, torch.save would hide that it is full
+    torch.save(content, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def read_file(path, device, advice):
-    """What torch.save wrote into a file of plain values; nothing in it is executed. UserError otherwise."""
+def read_file(path, device="cpu"):
+    """What torch.save wrote into a file of plain values; nothing in it is executed. UserError for others."""
     try:
-        with open(path, "rb") as file:
-            beginning = file.read(9)
-        with warnings.catch_warnings(), out_of_memory_advice(f"the file {path}: it needs a larger machine"):
-            warnings.simplefilter("ignore")  # about what a foreign file is; the errors below say it
+        with explained(path, OSError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what a foreign file is; the error below says it
             return torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:  # missing, a folder, no permission, a bad disk
-        raise UserError(f"{path}: {error.strerror or error}; {advice}") from None
+    except UserError:
+        raise
     except Exception as error:  # damaged files fail in many ways
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        refused = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
-        what = "truncated, damaged or not written by torch.save"
-        if beginning.endswith(b"{"):  # eight bytes of length, then JSON
-            what = 'safetensors; convert it: torch.save(safetensors.torch.load_file(FILE), "weights.pt")'
-        elif refused:
-            what = (f"holds {refused[1] or refused[2]}, which is not loaded since it could run code; where "
-                    'you trust it, save the state dict alone: torch.save(model.state_dict(), "weights.pt")')
-        raise UserError(f"{path}: {what}; {advice}") from None
+        code = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
+        what = f"{code[1] or code[2]} in it could run code" if code else "damaged or not by torch.save"
+        raise UserError(f'{path}: {what}; expected: torch.save(model.state_dict(), "weights.pt"), or from '
+                        'safetensors torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
 
 
 def read_checkpoint(path, device="cpu"):
     """The dict in a checkpoint of ours; nothing in the file is executed. UserError if it is not one."""
-    advice = "expected a file written by train_simclr.py or train_supervised.py"
-    content = read_file(path, device, advice)
+    content = read_file(path, device)
     if not is_checkpoint(content):
-        raise UserError(f"{path}: is no checkpoint of this study; {advice}")
+        raise UserError(f"{path}: not a checkpoint of train_simclr.py or train_supervised.py")
     return content
 
 
 def is_checkpoint(content):
     """True for what the training scripts write, in this version or an earlier one."""
     parts = {"settings", "epoch", "step", "backbone", "head"}
-    needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "strength", "blur"}
-    if not isinstance(content, dict) or not parts <= content.keys():
-        return False
-    return isinstance(content["settings"], dict) and needed <= content["settings"].keys()
+    return isinstance(content, dict) and parts <= content.keys() and "method" in content["settings"]
 
 
 def load_weights(model, checkpoint, path, assign=False):
     """Copies (or with `assign` puts) a checkpoint's backbone and head into `model`, or raises UserError."""
-    try:
+    with explained(f"{path}: its weights do not fit", RuntimeError, AttributeError, TypeError):
         weights = checkpoint["backbone"] | {f"fc.{name}": value for name, value in checkpoint["head"].items()}
-        model.load_state_dict(weights, strict=True, assign=assign)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: its weights do not fit ({str(error)[:300]})") from None
+        model.load_state_dict(weights, assign=assign)
 
 
 def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=None, prefix=None,
                stem_padding=None):
-    """The network in a checkpoint of ours or in another project's file, on `device`, in eval mode.
+    """The network in a checkpoint of ours or in another project's file, in float32 and eval mode on `device`.
 
-    `model.settings` is the dict of settings it was trained with, and "epoch" the epochs behind it. The other
-    arguments are for other projects' files: see `find_backbone` and `foreign_settings`. UserError for a file
-    that is neither, does not fit, or holds values that are not finite.
+    `model.settings` is the dict of its settings, and "epoch" the epochs behind it. For another project's file
+    they follow from the arguments: `method`, whose augmentation it gets in Figures 3 and 5 ("supervised"),
+    `image_size` (224, or 32 for a 3 x 3 stem), `mean` and `std` (ImageNet's), `stem_padding` (1), `prefix` as
+    `find_backbone` says. UserError for a file that does not fit or holds values that are not finite.
     """
-    content = read_file(path, "cpu", "expected a checkpoint of this study or a ResNet-50's state dict")
+    content = read_file(path)
     if is_checkpoint(content):
         settings = content["settings"] | {"epoch": content["epoch"]}
     else:
-        weights, start, left_out = find_backbone(content, path, prefix)
+        weights, prefix, left_out = find_backbone(content, path, prefix)
         content = {"backbone": weights, "head": {}}
-        settings = foreign_settings(weights, method, image_size, mean, std, stem_padding)
-        settings |= {"file": str(path), "prefix": start, "left_out": left_out,
-                     "note": f"took the network at prefix '{start}'; {settings['note']}"}
+        small, padding = weights["conv1.weight"].shape[-1] == 3, stem_padding or 1
+        settings = {
+            "method": method or "supervised", "seed": None, "data": None, "classes": [],
+            "stem": "cifar" if small else "imagenet", "stem_padding": padding, "standardise": True,
+            "image_size": image_size or (32 if small else 224), "mean": list(mean or IMAGENET_MEAN),
+            "std": list(std or IMAGENET_STD), "strength": 0.5 if small else 1.0, "blur": not small,
+            "file": str(path), "prefix": prefix, "left_out": left_out}
+        stem = f"3 x 3, --stem-padding {padding}, no max-pool" if small else "7 x 7, padding 3, max-pool"
+        settings["note"] = (f"took the network at prefix '{prefix}'; assumed: stem {stem}, "
+                            f"--mean {settings['mean']}, --std {settings['std']}")
     with torch.device("meta"):  # no time spent on initial weights
         model = build_model(settings["method"], settings["stem"], max(1, len(settings["classes"])),
                             stem_padding=settings.get("stem_padding", 1))
@@ -1035,125 +916,55 @@ def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=N
     return load_model(path, device, method, image_size, mean, std)
 
 
-def foreign_settings(weights, method, image_size, mean, std, stem_padding):
-    """How images reach another project's backbone; "note" says what was assumed that weights do not show.
-
-    `method` ("simclr" or "supervised", the default) is the one whose augmentation it gets in Figures 3 and 5.
-    Images are resized to `image_size` (default: 224, or 32 for a 3 x 3 stem) and standardised by `mean` and
-    `std` (default: ImageNet's).
-    """
-    small = weights["conv1.weight"].shape[-1] == 3
-    note = "7 x 7 stem with stride 2, padding 3 and max-pool assumed"
-    if small:
-        note = (f"3 x 3 stem with stride 1, no max-pool and padding {stem_padding or 1} assumed "
-                "(--stem-padding 2: as solo-learn's)")
-    if not (mean and std):
-        note += ", images standardised for ImageNet (--mean, --std)"
-    return {"method": method or "supervised", "seed": None, "data": None, "classes": [],
-            "stem": "cifar" if small else "imagenet", "stem_padding": stem_padding or 1,
-            "image_size": image_size or (32 if small else 224), "standardise": True,
-            "mean": list(mean or IMAGENET_MEAN), "std": list(std or IMAGENET_STD),
-            "strength": 0.5 if small else 1.0, "blur": not small, "note": note}
-
-
 def find_backbone(content, path, prefix=None):
     """({torchvision's name: tensor}, prefix, names left out) of the one ResNet-50 in what a file holds.
 
-    Its names may follow any prefix, in dicts in dicts, and be numbered by nn.Sequential. UserError if none is
-    whole, with what the nearest lacks, and if several are that differ, of which neither `_preferred` nor
-    `prefix` (its end is enough) picks one. Left out are the other tensors of the same dict.
+    Its names may follow any prefix, in dicts in dicts, and be numbered by nn.Sequential. Of several that
+    differ the one at `prefix` is taken, or the only one that is not of second choice: what stands beside a
+    teacher, a query encoder, an online network. UserError if none is whole, with what the nearest lacks or
+    has besides, and if several are left.
     """
-    whole, faults, found = {}, [], []
-    for where, tensors in _state_dicts(content):
-        found += [where + name for name in tensors]
-        for start, names in _resnets(tensors):
-            weights = {name: tensors[old] for name, old in names.items()}
-            wrong = _faults(weights)
-            faults.append((len(wrong), f"the nearest, with prefix '{where}{start}': {first_names(wrong)}"))
-            if not wrong:
-                weights = {name: weights[name] for name in weights if name in _backbone_shapes()}
-                left_out = sorted(tensors.keys() - {names[name] for name in weights})
-                whole[where + start] = weights, where + start, left_out
+    tensors, whole = dict(_tensors(content)), {}
+    faults = [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
+    with torch.device("meta"):
+        wanted = dict(list(torchvision.models.resnet50().state_dict().items())[:-2])  # the last two are fc's
+    pattern = r"^((?:.*\.)?)(?:layer1|([234]))\.0\.conv1\.weight$"  # a number if names are nn.Sequential's
+    for start, layer1 in re.findall(pattern, "\n".join(tensors), re.MULTILINE):
+        numbers = {"conv1": "0", "bn1": "1"} | {f"layer{g + 1}": str(int(layer1 or 0) + g) for g in range(4)}
+        network, others = {}, dict(tensors)
+        for name in wanted:
+            top, rest = name.split(".", 1)
+            there = f"{start}{numbers[top] if layer1 else top}.{rest}"
+            if there not in tensors:
+                there = there.replace("downsample", "shortcut")
+            if there in tensors:
+                network[name] = others.pop(there)
+        wrong = [name for name, tensor in wanted.items() if "num_batches" not in name
+                 and getattr(network.get(name), "shape", None) not in (tensor.shape, (64, 3, 3, 3))]
+        besides = re.compile(re.escape(start) + r"(conv\d|bn\d|layer\d|stem|[2-7]\.\d)")  # the rest is a head
+        wrong += filter(besides.match, others)
+        faults.append((len(wrong), f"missing, of another shape or too many: {first_names(wrong)}"))
+        if not wrong:
+            whole[start] = network, start, list(others)
     if not whole:
-        what = min(faults)[1] if faults else f"found {first_names(found) or 'no tensors'}"
-        raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {what}")
-    chosen = _preferred(list(whole))
+        raise UserError(f"{path}: expected the tensors of a whole torchvision ResNet-50; {min(faults)[1]}")
+    second_choice = {"student", "k", "key", "target", "momentum", "ema"}
+    chosen = [p for p in whole if not second_choice & set(re.split(r"[._]", p.lower()))] or list(whole)
     if prefix is not None:
-        ends = [p for p in whole if f".{p}".endswith(f".{prefix.strip('.')}.")]
-        chosen = [p for p in whole if p.strip(".") == prefix.strip(".")] or ends
+        chosen = [p for p in whole if p.strip(".") == prefix.strip(".")]
     first, *others = [whole[p][0] for p in chosen] or [{}]
-    if not chosen or any(not torch.equal(other[name], first[name]) for other in others for name in first):
-        what = "several ResNet-50s" if chosen else f"no ResNet-50 at --prefix {prefix}"
-        raise UserError(f"{path}: {what}; choose one by --prefix: {first_names([repr(p) for p in whole])}")
+    if not chosen or any(not torch.equal(first[name], other[name]) for other in others for name in first):
+        raise UserError(f"{path}: choose a ResNet-50 with --prefix: {first_names([repr(p) for p in whole])}")
     return whole[chosen[0]]
 
 
-@functools.cache
-def _backbone_shapes():
-    """{torchvision's name: shape} of a ResNet-50 without its classifier."""
-    with torch.device("meta"):
-        tensors = torchvision.models.resnet50().state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith("fc.")}
-
-
-def _state_dicts(value, where=""):
-    """(the way to it, {name: tensor}) of every dict or list in a file, an outer one before what it holds."""
-    if isinstance(value, (list, tuple)):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        yield where, {str(key): item for key, item in value.items() if isinstance(item, torch.Tensor)}
-        for key, item in value.items():
-            yield from _state_dicts(item, f"{where}{key}.")
-
-
-def _resnets(tensors):
-    """(prefix, {torchvision's name: name}) of everything in a state dict that looks like a ResNet."""
-    matches = [re.fullmatch(r"((?:.*\.)?)(layer1|[234])\.0\.conv1\.weight", name) for name in tensors]
-    starts = [match.groups() for match in matches if match]
-    for start, layer1 in starts:
-        tops = {}
-        if layer1 != "layer1":  # nn.Sequential(*children): 4, or less without ReLU and max-pool before it
-            tops = {"0": "conv1", "1": "bn1"} | {str(int(layer1) + g): f"layer{g + 1}" for g in range(4)}
-        inner = tuple(other for other, _ in starts if len(other) > len(start))
-        names = {}
-        for name in tensors:
-            if name.startswith(start) and not name.startswith(inner):
-                top, dot, rest = name[len(start):].partition(".")
-                names[tops.get(top, top) + dot + rest.replace("shortcut.", "downsample.")] = name
-        yield start, names
-
-
-def _faults(network):
-    """What keeps {torchvision's name: tensor} from being a ResNet-50's backbone, in words."""
-    wanted = _backbone_shapes()
-    blocks = tuple(len({n.split(".")[1] for n in network if n.startswith(f"layer{g}.")}) for g in range(1, 5))
-    missing = [n for n in wanted if n not in network and "num_batches" not in n]  # old files have no counts
-    if missing and all(".running_" in name for name in missing):
-        return ["no running statistics of the batch norms; save model.state_dict(), which has them"]
-    faults = [f"{blocks} blocks instead of {BLOCK_GROUPS}"] if blocks != BLOCK_GROUPS else []
-    faults += [f"no {name}" for name in missing]
-    for name, tensor in network.items():
-        shape, plain = tuple(tensor.shape), tensor.layout == torch.strided and not tensor.is_meta
-        if name not in wanted:  # a head's tensors have other names and at most two dimensions
-            if tensor.ndim > 2 or re.match(r"(conv1|bn1|layer\d+|stem)\.", name):
-                faults.append(f"{name} besides")
-        elif shape != wanted[name] and (name, shape) != ("conv1.weight", (64, 3, 3, 3)):
-            faults.append(f"{name} {shape} instead of {wanted[name]}")
-        elif "num_batches" not in name and not (plain and tensor.is_floating_point()):
-            faults.append(f"{name} as {tensor.type()} instead of plain floating-point numbers")
-    return faults
-
-
-def _preferred(prefixes):
-    """Those of several networks' prefixes that are meant where nobody chooses.
-
-    The teacher instead of the student, as DINO publishes; then anything instead of key encoders, targets,
-    momentum and EMA copies.
-    """
-    words = {prefix: set(re.split(r"[._]", prefix.lower())) for prefix in prefixes}
-    if any("teacher" in words[p] for p in prefixes):
-        prefixes = [p for p in prefixes if "student" not in words[p]]
-    return [p for p in prefixes if not words[p] & {"k", "key", "target", "momentum", "ema"}] or prefixes
+def _tensors(value, where=""):
+    """(name, tensor) of every tensor in dicts and lists in one another; a name is all keys on the way."""
+    if isinstance(value, torch.Tensor):
+        yield where[1:], value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(item, f"{where}.{key}")
 
 
 def first_names(names, most=5):
