@@ -30,7 +30,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -1109,6 +1108,12 @@ def first_names(names, most=5):
 
 def training_arguments(doc, presets, argv=None):
     """The flags of a training script, the preset's values where not given; exits with 2 if impossible."""
+    def add(flag, help, **options):
+        if parser.get_default(flag[2:].replace("-", "_")) is not None:
+            help += " (default: %(default)s)"
+        metavar = {"metavar": "N"} if "type" in options else {}
+        group.add_argument(flag, help=help, **metavar, **options)
+
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(doc, add_help=False)  # first finds the preset, whose values are the other flags' defaults
     parser.add_argument("--preset", choices=list(presets), default="paper",
@@ -1116,25 +1121,6 @@ def training_arguments(doc, presets, argv=None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.add_argument("-h", "--help", action="help", help="print this and exit")
     parser.set_defaults(**presets[preset], out=f"checkpoints/{preset}")
-    add_training_flags(parser)
-    args = parser.parse_args(argv)
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}; give fewer")
-    if args.checkpoint_activations and args.compile:
-        parser.error("--compile: torch cannot compile what --checkpoint-activations does; give one of them")
-    if args.checkpoint_activations and not any(word.startswith("--micro-batch") for word in argv):
-        args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
-    return args
-
-
-def add_training_flags(parser):
-    """The flags of both training scripts in three groups, each with its default, if the preset has one."""
-    def add(flag, help, **options):
-        if parser.get_default(flag[2:].replace("-", "_")) is not None:
-            help += " (default: %(default)s)"
-        metavar = {"metavar": "N"} if "type" in options else {}
-        group.add_argument(flag, help=help, **metavar, **options)
-
     count, positive = number(int, low=1), number(float, low=0)
     group = parser.add_argument_group("what is trained")
     add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
@@ -1160,6 +1146,10 @@ def add_training_flags(parser):
     add("--device", "cpu, cuda, cuda:N or mps; without it cuda, else mps, else cpu")
     add("--precision", "of products; without it bf16 where hardware has it", choices=("fp32", "bf16"))
     add("--compile", "torch.compile network and colour augmentation; pays on GPUs", action="store_true")
+    args = parser.parse_args(argv)
+    if args.checkpoint_activations and not any(word.startswith("--micro-batch") for word in argv):
+        args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
+    return args
 
 
 # The settings of a run: all that its result depends on, and what a figure needs to know.
@@ -1179,7 +1169,9 @@ def run_settings(args, method, seed, data, device):
              f"most the subset, the subset at most the {total} training images"),
             (batch_size % processes or local < 2 or fewest < 2, f"--batch-size {batch_size}, --micro-batch "
              f"{micro_batch}: give {processes} processes equal shares, in pieces of 2 images for batch norm"),
-            (args.compile and processes > 1, f"--compile: does not work with {processes} processes"),
+            (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
+            (args.compile and (processes > 1 or args.checkpoint_activations),
+             "--compile: works neither with several processes nor with --checkpoint-activations"),
             (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
         if wrong:
             raise UserError(what)
@@ -1196,8 +1188,8 @@ def run_settings(args, method, seed, data, device):
 def not_counting(module):
     """Batch norm normalises as in training, but its running statistics and its count stay as they are.
 
-    For passes that repeat another. By a momentum of 0: without running statistics SyncBatchNorm would count
-    in the dtype of its input, and fail in bf16.
+    For passes that repeat another. Statistics are kept, by a momentum of 0: SyncBatchNorm fails in bf16
+    without them.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -1247,7 +1239,7 @@ def say(text, rewritten=False):
 
 
 def show_progress(run):
-    """Says once, 5 s after its first step, how long a run takes; at a terminal, every second, where it is."""
+    """Says once, 5 s after its first step, where a run is and how long it takes; at a terminal each second."""
     if run.first is None:  # the first step loads libraries and compiles: no measure of the rest
         run.loss.item()  # waits for the device, as below, and nothing else does
         run.first = run.step, time.perf_counter()
@@ -1259,10 +1251,9 @@ def show_progress(run):
     pace = (now - since) / (run.step - first)  # seconds per step
     begin, end = run.ends[run.epoch:run.epoch + 2]
     left, in_all = (timedelta(seconds=round((last - run.step) * pace)) for last in (end, run.total_steps))
-    if run.shown is None:
-        say(f"{run.name}: about {in_all} for {run.total_steps - run.step} steps")
-    say(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  loss {loss:.3f}  "
-        f"{run.batch_size / pace:.0f} images/s  left {left}, in all {in_all}", rewritten=True)
+    say(f"{run.name}  epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}  loss "
+        f"{loss:.3f}  {run.batch_size / pace:.0f} images/s  left: epoch {left}, run {in_all}",
+        rewritten=run.shown is not None)
     run.shown = now
 
 
@@ -1305,16 +1296,13 @@ class Run:
             say(f"{self.path}: finished, {self.epochs} epochs; skipped")
             return model
         is_cuda, precision = self.device.type == "cuda", self.settings["precision"]
-        device = torch.cuda.get_device_name(self.device) if is_cuda else str(self.device)
-        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
+        device = f"{world_size()} x {torch.cuda.get_device_name(self.device) if is_cuda else self.device}"
         drop_records(self.log, self.epoch)
         append_record(self.log, {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": git.stdout.strip() or None,
-            "torch": torch.__version__, "torchvision": torchvision.__version__, "device": device,
-            "world_size": world_size(), "after_epoch": self.epoch, "settings": self.settings})
-        say(f"{self.path}: {precision} on {device}, {world_size()} process(es), {self.epochs} epochs, "
-            f"{self.total_steps} steps of {self.batch_size} images{resumed}")
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "torch": torch.__version__, "device": device,
+            "torchvision": torchvision.__version__, "after_epoch": self.epoch, "settings": self.settings})
+        say(f"{self.path}: {precision} on {device}, {self.epochs} epochs, {self.total_steps} steps of "
+            f"{self.batch_size} images{resumed}")
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
@@ -1352,13 +1340,13 @@ class Run:
         loss, accuracy, steps = finite_sums(self).tolist()
         speed = steps / world_size() * self.batch_size / self.spent
         self.epoch += 1
-        record = {"epoch": self.epoch, "loss": loss / steps, "accuracy": accuracy / steps} | measured
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": speed}
-        append_record(self.log, record)
+        loss, accuracy, rate = loss / steps, accuracy / steps, self.optimizer.param_groups[0]["lr"]
+        append_record(self.log, {"epoch": self.epoch, "loss": loss, "lr": rate, "images_per_second": speed,
+                                 "accuracy": accuracy, **measured})
         left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
-        test = f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else ""
-        say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {record['loss']:.4f}  accuracy "
-            f"{record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  {speed:.0f} images/s  {left} left")
+        test = f"  test {measured['test_accuracy']:.3f}" if measured else ""
+        say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {loss:.4f}  accuracy {accuracy:.3f}{test}  "
+            f"lr {rate:.3g}  {speed:.0f} images/s  {left} left")
         self.sums.zero_()
         self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:

@@ -692,20 +692,18 @@ def test_representations_by_hand():
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 tensor.data = torch.rand(tensor.shape, generator=g) + (0.5 if tensor.min() else -0.1)
     want = blocks_by_hand(model, images)
-    for device in DEVICES:
-        tolerance = 1e-4 if device.type == "cpu" else 5e-3  # convolutions in TF32
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            model.to(device, memory_format=memory_format)
-            inputs = images.to(device).contiguous(memory_format=memory_format)
-            found = common.representations(model, inputs)
-            shuffled = common.representations(model, inputs, any_order=True)
-            assert list(found) == BACKBONE_LAYERS
-            for name, hand in zip(BACKBONE_LAYERS, want):
-                what = f"{device} float32 {memory_format}, {name}"
-                allowed = tolerance * hand.abs().max().item()
-                assert found[name].device.type == device.type and not found[name].requires_grad, what
-                assert_close(found[name], hand, allowed, what)
-                assert_close(shuffled[name].sort()[0], hand.sort()[0], allowed, f"{what}, any order")
+    for device, memory_format in itertools.product(DEVICES, (torch.contiguous_format, torch.channels_last)):
+        model.to(device, memory_format=memory_format)
+        inputs = images.to(device).contiguous(memory_format=memory_format)
+        found = common.representations(model, inputs)
+        shuffled = common.representations(model, inputs, any_order=True)
+        assert list(found) == BACKBONE_LAYERS
+        for name, hand in zip(BACKBONE_LAYERS, want):
+            what = f"{device} float32 {memory_format}, {name}"
+            allowed = (1e-4 if device.type == "cpu" else 5e-3) * hand.abs().max().item()  # TF32
+            assert found[name].device.type == device.type and not found[name].requires_grad, what
+            assert_close(found[name], hand, allowed, what)
+            assert_close(shuffled[name].sort()[0], hand.sort()[0], allowed, f"{what}, any order")
 
 
 def test_representations_head_and_stems():
@@ -714,24 +712,23 @@ def test_representations_head_and_stems():
     model = common.build_model("simclr", "cifar", zero_init=False).eval()
     found = common.representations(model, images)
     assert list(found) == BACKBONE_LAYERS + ["head.1", "head.2", "head.3"]
-    assert found["BG1.1.odd"].shape == (2, 256 * 16 * 16) and found["BG4.3.even"].shape == (2, 2048 * 2 * 2)
-    x = found["BG4.3.even"].view(2, 2048, -1).mean(2)
+    x = found["BG4.3.even"].view(2, 2048, 2 * 2).mean(2)
     for i, layer in enumerate(model.fc.layers, 1):
         x = x @ layer[0].weight.T / math.sqrt(1 + 1e-5)  # fresh running statistics: mean 0, variance 1
         x = x.relu() if i < 3 else x
         assert_close(found[f"head.{i}"], x, 1e-4 * x.abs().max().item(), f"head.{i}")
-    assert x.shape == (2, 128)
     plain = common.build_model("supervised", "imagenet", classes=7)
-    assert plain.fc.out_features == 7 and all((block.bn3.weight == 0).all() for block in plain.layer2)
-    for network, side in ((plain, 4), (common.build_model("simclr", "cifar", stem_padding=2), 18)):
+    assert x.shape == (2, 128) and plain.fc.out_features == 7 and not plain.layer2[1].bn3.weight.any()
+    padded = common.build_model("simclr", "cifar", stem_padding=2)
+    for network, side in ((plain, 4), (model, 16), (padded, 18)):
         _, found = next(common.stream_representations(network.eval(), images))
         assert found.shape == (2, 256 * side * side)
     state = torch.random.get_rng_state()
-    a, again, other_seed, other_method = (
+    a, again, *others = (
         common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight
         for method, seed in (("supervised", 4), ("supervised", 4), ("supervised", 5), ("simclr", 4)))
+    assert torch.equal(a, again) and not any(torch.equal(a, other) for other in others)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(a, again) and not torch.equal(a, other_seed) and not torch.equal(a, other_method)
 
 
 def test_representations_lets_go():
@@ -764,10 +761,9 @@ def test_representations_refuses():
         patched, hooked = models.resnet50(), models.resnet50()
         patched._forward_impl = lambda x: x
         hooked.register_forward_pre_hook(lambda module, inputs: None)
-        padded = Padded(models.resnet.Bottleneck, [3, 4, 6, 3])
-        bent = models.ResNet(Unrectified, [3, 4, 6, 3])
-        for network in (padded, bent, patched, hooked, nn.DataParallel(models.resnet50()), models.resnet101(),
-                        models.resnet34()):
+        bent = [kind(block, [3, 4, 6, 3]) for kind, block in (
+            (Padded, models.resnet.Bottleneck), (models.ResNet, Unrectified))]
+        for network in (*bent, patched, hooked, nn.DataParallel(models.resnet50()), models.resnet101()):
             with raises(TypeError, "ResNet-50"):
                 common.representations(network, torch.rand(1, 3, 32, 32))
 
@@ -791,7 +787,7 @@ def literal_info_nce(z1, z2, temperature):
 
 
 def test_info_nce_literal():
-    """Value, gradient and accuracy of the double loop, on every device, also in bfloat16's range."""
+    """Value, gradient and accuracy of the double loop, on every device, float32 whatever comes in."""
     g = rng()
     for device, (n, d, t) in itertools.product(DEVICES, ((7, 5, 0.5), (9, 4, 0.1), (2, 3, 1.0), (1, 4, 0.5))):
         what, base = f"{device} float32, N = {n}: ", torch.randn(n, d, generator=g)
@@ -799,14 +795,13 @@ def test_info_nce_literal():
         want, right = literal_info_nce(*views, t)
         moved = [view.detach().to(device).requires_grad_() for view in views]
         loss, accuracy = common.info_nce_and_accuracy(*moved, t)
-        assert loss.dtype == torch.float32 and loss.shape == ()
         assert_close(loss, want, 3e-6, what + "loss")
-        assert_close(common.info_nce(*moved, t), want, 3e-6, what + "info_nce")
         assert_close(accuracy, right, 1e-6, what + "accuracy")
         if n > 1:
             gradients = torch.autograd.grad(loss, moved)
             assert_same_vector(gradients, torch.autograd.grad(want, views), 1e-5, what + "gradient")
-        assert common.info_nce(*(view.bfloat16() for view in moved), 0.5).dtype == torch.float32
+        half, _ = common.info_nce_and_accuracy(*(view.bfloat16() for view in moved), t)
+        assert half.dtype == loss.dtype == torch.float32
 
 
 def literal_lars(weights, gradients, rates, weight_decay, momentum=0.9, eta=0.001):
@@ -844,25 +839,11 @@ def test_lars_sequence():
         assert unused.tolist() == [1, 1], f"{device}: a parameter without gradient moves"
 
 
-def test_loss_and_lars_errors():
-    """ValueError for other shapes, temperatures that are not above 0, and settings negative or not finite."""
-    z, p = torch.randn(4, 3, generator=rng()), nn.Parameter(torch.ones(2))
-    for bad in ((z, z[:3], 0.5), (z[0], z[0], 0.5), (z, z, 0.0), (z, z, -1.0), (z, z, math.nan)):
-        with raises(ValueError, "info_nce"):
-            common.info_nce(*bad)
-    for settings in ({"lr": -1}, {"lr": math.nan}, {"lr": math.inf}, {"lr": 1, "momentum": -1},
-                     {"lr": 1, "weight_decay": -1}):
-        with raises(ValueError, list(settings)[-1]):
-            common.LARS([p], **settings)
-    assert common.LARS([p], lr=1).step(lambda: 5) == 5, "a closure's loss is returned"
-
-
 def test_warmup_cosine():
-    """Linear, then a cosine; 1 at once without warmup, 0 beyond the end."""
+    """Linear, then a cosine; 1 at once without warmup, also in a run without any other step."""
     for step in range(51):
         want = step / 10 if step <= 10 else 0.5 * (1 + math.cos(math.pi * (step - 10) / 40))
         assert abs(common.warmup_cosine(step, 50, 10) - want) < 1e-12, f"step {step}"
-    assert common.warmup_cosine(60, 50, 10) == 0
     assert common.warmup_cosine(0, 20, 0) == 1 and common.warmup_cosine(3, 3, 3) == 1
 
 
@@ -905,25 +886,24 @@ def test_augment_values():
     """Image by image equal to torchvision's functional operations with the same parameters, by device."""
     g = rng()
     cases = (32, 32, 32, 0.5, False), (32, 32, 48, 1, True), (40, 24, 16, 1, True), (48, 64, 30, 1, True)
-    for height, width, size, strength, blur in (*cases, (20, 30, 40, 1, False)):
+    for (height, width, size, strength, blur), device in itertools.product(
+            (*cases, (20, 30, 40, 1, False)), DEVICES):
         images = some_images(g, 16, height, width)
         params = common.simclr_params(16, height, width, "cpu", g, strength)
         boxes = {name: params[name] for name in ("box", "flip")}
         whole = TF.resize(images.float() / 255, [size, size], antialias=True)
-        standard = (whole - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        standard = TF.normalize(whole, MEAN, STD)
         views, crops = (torch.stack([torchvision_view(image, size, common.slice_params(p, i), blur)
                                      for i, image in enumerate(images)]) for p in (params, boxes))
-        for device in DEVICES:
-            moved, there = images.to(device), {name: value.to(device) for name, value in params.items()}
-            got = common.simclr_augment(moved, size, strength, blur, params=there)
-            what = f"{device} float32, {height} x {width} -> {size}, blur {blur}: "
-            assert got.dtype == torch.float32 and got.device.type == device.type
-            assert_close(got, views, 1e-3, what + "simclr_augment")
-            got = common.imagenet_augment(moved, size, MEAN, STD, params=there)
-            assert_close(got, crops, 1e-3, what + "imagenet_augment")
-            assert_close(common.simclr_test(moved, size), whole, 1e-4, what + "simclr_test")
-            got = common.imagenet_test(moved, size, MEAN, STD)
-            assert_close(got, standard, 1e-3, what + "imagenet_test")
+        there, moved = {name: value.to(device) for name, value in params.items()}, images.to(device)
+        for name, got, want in (
+                ("simclr_augment", common.simclr_augment(moved, size, strength, blur, params=there), views),
+                ("imagenet_augment", common.imagenet_augment(moved, size, MEAN, STD, params=there), crops),
+                ("simclr_test", common.simclr_test(moved, size), whole),
+                ("imagenet_test", common.imagenet_test(moved, size, MEAN, STD), standard)):
+            what = f"{device} float32, {name}, {height} x {width} -> {size}, blur {blur}"
+            assert got.dtype == torch.float32 and got.device.type == device.type, what
+            assert_close(got, want, 1e-3, what)
 
 
 def test_augment_distribution():
@@ -1144,14 +1124,14 @@ def recorded_run(script, device, folder, micro_batch, model):
 
     A step is (weights before, gradients, rate); an exchange is True for a backward pass under no_sync.
     """
-    steps, silent, exchanges, method = [], [], [], script.__name__.removeprefix("train_")
+    steps, silent, exchanges = [], [], []
 
     class Recorder(common.LARS):
         def step(self):
             group = self.param_groups[0]
-            weights, gradients = ([t.detach().cpu().clone() for t in tensors]
-                                  for tensors in (group["params"], [p.grad for p in group["params"]]))
-            steps.append((weights, gradients, group["lr"]))
+            tensors = group["params"], [p.grad for p in group["params"]]
+            steps.append(([t.detach().cpu().clone() for t in some] for some in tensors))
+            steps[-1] = *steps[-1], group["lr"]
             super().step()
 
     @contextlib.contextmanager
@@ -1172,7 +1152,7 @@ def recorded_run(script, device, folder, micro_batch, model):
             contextlib.redirect_stdout(io.StringIO()), \
             torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         script.main()
-    return steps, log_of(Path(folder) / f"{method}_seed{SEED_OF_RUN}.pt")[1:], exchanges
+    return steps, log_of(next(Path(folder).glob(f"{script.__name__[6:]}_*.pt")))[1:], exchanges
 
 
 def literal_step(method, weights, step, device):
@@ -1201,12 +1181,11 @@ def literal_step(method, weights, step, device):
 
 def test_loops_literal():
     """Images, labels, augmentation, rate, loss and gradient of all steps, on any device, by micro-batches."""
-    for device, script, micro_batch in itertools.product(DEVICES, SCRIPTS, (10, 5, 4)):
-        method = script.__name__.removeprefix("train_")
-        model, what = small_network(), f"{device} float32, {method}, micro-batch {micro_batch}: "
+    for device, method, micro_batch in itertools.product(DEVICES, METHODS, (10, 5, 4)):
+        script, model = SCRIPTS[METHODS.index(method)], small_network()
+        what = f"{device} float32, {method}, micro-batch {micro_batch}: "
         with temporary_folder() as folder:
             steps, records, exchanges = recorded_run(script, device, folder, micro_batch, model)
-        assert len(steps) == 5, what
         literal = [literal_step(method, weights, i, device) for i, (weights, *_) in enumerate(steps)]
         for step, ((_, gradients, rate), (*_, want)) in enumerate(zip(steps, literal)):
             factor = common.warmup_cosine(step, 5, int(0.5 * SUBSET // BATCH))
@@ -1223,7 +1202,6 @@ def test_loops_literal():
             inputs = common.imagenet_test(data.test_images, SIZE, *statistics)
             right = (model.cpu()(inputs).argmax(1) == data.test_labels).double().mean()
             assert_close(records[-1]["test_accuracy"], right, 1e-6, what + "test accuracy")
-    assert common.steps_until(1300, 50000, 4096) == 15870 and common.steps_until(300, 50000, 8192) == 1832
 
 
 def watched_batch_norm(*args, real=F.batch_norm, **kwargs):
@@ -1322,7 +1300,7 @@ def tiny_checkpoints():
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
         assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
-        assert err == "" and "fp32 on cpu, 1 process, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
+        assert err == "" and "fp32 on 1 x cpu, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
 
@@ -1338,7 +1316,7 @@ def entries_of_checkpoint(path):
 def log_of(path):
     """The records of a checkpoint's log: the first describes the run, the others an epoch each."""
     first, *epochs = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
-    assert {"settings", "commit", "torch", "torchvision", "device"} <= first.keys()
+    assert {"settings", "torch", "torchvision", "device"} <= first.keys()
     epochs = [record for record in epochs if "epoch" in record]
     wanted = {"loss", "lr", "images_per_second", "test_accuracy" if "super" in path.name else "accuracy"}
     assert all(wanted <= record.keys() and math.isfinite(record["loss"]) for record in epochs)
@@ -1353,20 +1331,19 @@ def test_scripts_checkpoint():
         path = tiny_checkpoints() / f"{method}_seed1.pt"
         saved, network = torch.load(path, weights_only=True), torchvision.models.resnet50()
         want = {"seed": 1, "method": method, "classes": ["ant", "bee", "cat", "dog"], "image_size": 16,
-                "data": str(tiny_data().absolute())}
+                "data": str(tiny_data().absolute()), "checkpoint_activations": False}
         assert saved["epoch"] == 2 and saved["settings"] | want == saved["settings"]
         keys = network.load_state_dict(saved["backbone"], strict=False)
         assert set(keys.missing_keys) == {"fc.weight", "fc.bias"} and not keys.unexpected_keys
         network.fc = nn.Identity()
-        features = network.eval()(images).detach()
-        model = common.load_model(path)
-        assert not model.training and model.settings["method"] == method
-        if method == "supervised":
-            want = features @ saved["head"]["weight"].T + saved["head"]["bias"]
-            assert_close(model(images), want, 1e-4 * want.abs().max().item(), "logits")
+        features, model = network.eval()(images).detach(), common.load_model(path)
         found = common.representations(model, images)["BG4.3.even"].view(4, 2048, -1).mean(2)
         assert_close(found, features, 1e-4 * features.abs().max().item(), "pooled features")
-        assert len(log_of(path)) == 3 and not list(tiny_checkpoints().glob("*.tmp"))
+        want = found
+        if method == "supervised":
+            want = found @ saved["head"]["weight"].T + saved["head"]["bias"]
+            assert_close(model(images), want, 1e-4 * want.abs().max().item(), "logits")
+        assert not model.training and model.settings["method"] == method and len(log_of(path)) == 3
 
 
 def test_checkpoint_bad_files():
@@ -1590,23 +1567,20 @@ def test_scripts_refused():
     with temporary_folder() as folder, offline():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
-        bad = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
-               "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
-               "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),
-               "--stem": ("huge",), "--precision": ("fp8",), "--preset": ("none",),
-               "--device": ("nosuch", "meta"), "--out": (file, file / "below")}
-        for method in METHODS:
-            for flag, values in (bad | {"--temperature": (0, "nan")} if method == "simclr" else bad).items():
-                for value in values:
-                    assert_refused(f"train_{method}.py", *flags_for(method, out, flag, value), words=[flag])
-            for path in (folder / "nothing", file):
-                flags = flags_for(method, out, "--data", path)
-                assert_refused(f"train_{method}.py", *flags, words=[str(path)])
-        for flags in (["--seeds", 1, 1], ["--compile", "--checkpoint-activations"]):
-            assert_refused("train_simclr.py", *flags_for("simclr", out, *flags), words=flags[:1])
+        both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
+                "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
+                "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),
+                "--stem": ("huge",), "--precision": ("fp8",), "--preset": ("none",), "--device": ("meta",),
+                "--out": (file, file / "below"), "--data": (file, folder / "nothing")}
+        for method, bad in (("simclr", both | {"--temperature": (0, "nan")}),
+                            ("supervised", both | {"--micro-batch": (1, 15)})):
+            for flag, value in ((flag, value) for flag, values in bad.items() for value in values):
+                assert_refused(f"train_{method}.py", *flags_for(method, out, flag, value), words=[flag])
+        flags = flags_for("simclr", out, "--compile", "--checkpoint-activations")
+        assert_refused("train_simclr.py", *flags, words=["--compile"])
         assert file.read_text() == "kept" and not list(out.glob("*"))
         flags = flags_for("supervised", out, "--seeds", 0, "--lr", 1e30, "--warmup-epochs", 0)
-        assert_refused("train_supervised.py", *flags, words=["step 1", "finite"])
+        assert_refused("train_supervised.py", *flags, words=["step 2", "finite"])
         error = RuntimeError("could not create a primitive")
         with mock.patch.object(common, "info_nce_and_accuracy", side_effect=error):
             assert_refused("train_simclr.py", *flags_for("simclr", out, "--seeds", 0),
@@ -1633,20 +1607,23 @@ def test_errors_out_of_memory():
 
 
 def test_progress():
-    """At a terminal a line is rewritten, here at every step; once the time that the run takes is said."""
-    out, err, clock = io.StringIO(), io.StringIO(), itertools.count(step=3.0)
+    """At a terminal a line is rewritten, once a second; once the time that the run takes is said."""
+    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.5)
     err.isatty = lambda: True
-    settings = {"seed": 0, "train_images": 25, "batch_size": 10, "epochs": 2, "warmup_epochs": 1}
-    data, log = small_data("cpu"), types.SimpleNamespace(path=Path("simclr_seed0.jsonl"))
+    settings = {"method": "simclr", "seed": 0, "train_images": 250, "batch_size": 10, "epochs": 2,
+                "warmup_epochs": 1}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-            mock.patch.object(time, "perf_counter", lambda: next(clock)):
-        run = common.Run(types.SimpleNamespace(compile=True), settings, data, torch.device("cpu"), log)
+            mock.patch.object(time, "perf_counter", lambda: next(now)):
+        run = common.Run(types.SimpleNamespace(out=Path()), settings, 250, torch.device("cpu"))
         for step in run.steps():
             run.count(torch.tensor(2.5 + step), torch.tensor(0.5))
     lines = [line.strip() for line in err.getvalue().split("\r") if line.strip()]
-    assert [line[:21] for line in lines] == [f"epoch 1/2 step {step} of 3" for step in (1, 2, 3)], lines
-    assert all(words in lines[0] for words in ("loss 2.500", "images/s", "left 0:00:", "in all 0:00:")), lines
-    assert out.getvalue().count("\n") == 1 and "simclr_seed0: about 0:00:" in out.getvalue(), out.getvalue()
+    lines.insert(0, out.getvalue().strip())  # the first is a line of its own
+    found = [int(line.split("  step ")[1].split(" of 25  ")[0]) for line in lines]
+    assert 5 < len(found) < 20 and sorted(set(found)) == found, lines
+    for step, line in zip(found, lines):
+        assert line.startswith("simclr_seed0  epoch 1/2") and f"loss {step + 1.5:.3f}" in line, line
+        assert "images/s" in line and "epoch 0:00:" in line and "run 0:00:" in line, line
 
 
 # ============================================================================================================
@@ -1656,17 +1633,15 @@ def test_progress():
 
 def test_processes_refused():
     """What processes and GPUs cannot do is one line; after a failure nobody waits for the other processes."""
-    def refused(words, device="cpu", processes=1, bf16=False, **changed):
-        args = common.training_arguments("", train_simclr.PRESETS, ["--preset", "demo", "--batch-size", "10"])
-        vars(args).update({"subset": None} | changed)
+    for device, processes, flags, words in (
+            ("cuda", 1, ["--precision", "bf16"], ["--precision bf16", "8.0", "fp32"]),
+            ("cpu", 2, ["--compile"], ["--compile", "processes"]),
+            ("cpu", 3, [], ["--batch-size 10", "3"]), ("cpu", 10, [], ["--batch-size 10", "2 images"])):
+        flags = ["--preset", "demo", "--batch-size", "10", "--subset", "20", *flags]
+        args = common.training_arguments("", train_simclr.PRESETS, flags)
         with mock.patch.object(common, "world_size", return_value=processes), \
-                mock.patch.object(common, "has_bf16", return_value=bf16), raises(common.UserError, *words):
+                mock.patch.object(common, "has_bf16", return_value=False), raises(common.UserError, *words):
             common.run_settings(args, "simclr", 0, small_data("cpu"), torch.device(device))
-
-    refused(["--precision bf16", "8.0", "fp32"], "cuda", precision="bf16")
-    refused(["--compile", "2 processes"], processes=2, compile=True)
-    refused(["--batch-size 10", "3"], processes=3)
-    refused(["--batch-size 10", "2 images"], processes=10)
     with mock.patch.dict(os.environ, LOCAL_RANK="3"), common.distributed("cpu") as device:
         assert device.type == "cpu" and common.world_size() == 1
     variables = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
