@@ -1239,7 +1239,7 @@ def say(text, rewritten=False):
 
 
 def show_progress(run):
-    """Says once, 5 s after its first step, where a run is and how long it takes; at a terminal each second."""
+    """Says once, 5 s after its first step, where a run is and what is left; at a terminal every second."""
     if run.first is None:  # the first step loads libraries and compiles: no measure of the rest
         run.loss.item()  # waits for the device, as below, and nothing else does
         run.first = run.step, time.perf_counter()
@@ -1251,9 +1251,8 @@ def show_progress(run):
     pace = (now - since) / (run.step - first)  # seconds per step
     begin, end = run.ends[run.epoch:run.epoch + 2]
     left, in_all = (timedelta(seconds=round((last - run.step) * pace)) for last in (end, run.total_steps))
-    say(f"{run.name}  epoch {run.epoch + 1}/{run.epochs}  step {run.step - begin} of {end - begin}  loss "
-        f"{loss:.3f}  {run.batch_size / pace:.0f} images/s  left: epoch {left}, run {in_all}",
-        rewritten=run.shown is not None)
+    say(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  loss {loss:.3f}  "
+        f"{run.batch_size / pace:.0f} images/s  left {left}, in all {in_all}", run.shown is not None)
     run.shown = now
 
 
