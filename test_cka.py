@@ -1608,7 +1608,7 @@ def test_errors_out_of_memory():
 
 def test_progress():
     """At a terminal a line is rewritten, once a second; once the time that the run takes is said."""
-    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.5)
+    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.3)
     err.isatty = lambda: True
     settings = {"method": "simclr", "seed": 0, "train_images": 250, "batch_size": 10, "epochs": 2,
                 "warmup_epochs": 1}
