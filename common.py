@@ -1294,14 +1294,11 @@ class Run:
         if self.epoch >= self.epochs:
             say(f"{self.path}: finished, {self.epochs} epochs; skipped")
             return model
-        is_cuda, precision = self.device.type == "cuda", self.settings["precision"]
-        device = f"{world_size()} x {torch.cuda.get_device_name(self.device) if is_cuda else self.device}"
         drop_records(self.log, self.epoch)
-        append_record(self.log, {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "torch": torch.__version__, "device": device,
-            "torchvision": torchvision.__version__, "after_epoch": self.epoch, "settings": self.settings})
-        say(f"{self.path}: {precision} on {device}, {self.epochs} epochs, {self.total_steps} steps of "
-            f"{self.batch_size} images{resumed}")
+        is_cuda = self.device.type == "cuda"
+        device = f"{world_size()} x {torch.cuda.get_device_name(self.device) if is_cuda else self.device}"
+        say(f"{self.path}: {self.settings['precision']} on {device}, {self.epochs} epochs, "
+            f"{self.total_steps} steps of {self.batch_size} images{resumed}")
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
@@ -1340,8 +1337,10 @@ class Run:
         speed = steps / world_size() * self.batch_size / self.spent
         self.epoch += 1
         loss, accuracy, rate = loss / steps, accuracy / steps, self.optimizer.param_groups[0]["lr"]
-        append_record(self.log, {"epoch": self.epoch, "loss": loss, "lr": rate, "images_per_second": speed,
-                                 "accuracy": accuracy, **measured})
+        record = {"epoch": self.epoch, "loss": loss, "lr": rate, "images_per_second": speed,
+                  "accuracy": accuracy, **measured}
+        self.log.write((json.dumps(record) + "\n").encode())
+        self.log.flush()
         left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
         test = f"  test {measured['test_accuracy']:.3f}" if measured else ""
         say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {loss:.4f}  accuracy {accuracy:.3f}{test}  "
@@ -1392,7 +1391,7 @@ def checkpoint_of_run(path, settings):
 
 
 def open_log(path):
-    """The JSON lines beside a checkpoint, written by rank 0: a record per start and per epoch.
+    """The log beside a checkpoint, a JSON line per epoch, of which rank 0 has the file.
 
     Locked until closed, where the system can: a second run of the same network is a UserError.
     """
@@ -1411,14 +1410,8 @@ def open_log(path):
     return file
 
 
-def append_record(log, record):
-    """Adds a line to a log."""
-    log.write((json.dumps(record) + "\n").encode())
-    log.flush()
-
-
 def drop_records(log, epoch):
-    """Removes the records after `epoch`, which will be run again, and a line that a kill cut short."""
+    """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
     log.seek(0)
     lines = [line for line in log if line.endswith(b"\n")]
     log.truncate(0)
@@ -1436,12 +1429,9 @@ def open_run(args, method, seed, data, device):
     settings = rank0_first(lambda: run_settings(args, method, seed, data, device))
     run = Run(args, settings, len(data.train_images), device)
     run.log = rank0_first(lambda: open_log(run.path.with_suffix(".jsonl")))
-    advice = (f"--batch-size {args.batch_size} --micro-batch {settings['micro_batch']} --image-size "
-              f"{args.image_size} --precision {settings['precision']}: lower --micro-batch, or give "
-              "--checkpoint-activations, or use more processes")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in handlers:
-        signal.signal(number, restore)
+    advice = (f"--micro-batch {settings['micro_batch']} --image-size {args.image_size}: lower the first, or "
+              "give --checkpoint-activations, or use more processes")
+    handlers = {number: signal.signal(number, restore) for number in (signal.SIGTERM, signal.SIGINT)}
     with run.log, out_of_memory_advice(advice):
         try:
             yield run
