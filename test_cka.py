@@ -1571,19 +1571,19 @@ def test_errors_out_of_memory():
 
 def test_progress():
     """At a terminal a line is rewritten, once a second; once the time that the run takes is said."""
-    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.3)
+    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.1)
     err.isatty = lambda: True
-    settings = {"method": "simclr", "seed": 0, "train_images": 250, "batch_size": 10, "epochs": 2,
+    settings = {"method": "simclr", "seed": 0, "train_images": 1000, "batch_size": 10, "epochs": 2,
                 "warmup_epochs": 1}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
             mock.patch.object(time, "perf_counter", lambda: next(now)):
-        run = common.Run(types.SimpleNamespace(out=Path()), settings, 250, torch.device("cpu"))
+        run = common.Run(types.SimpleNamespace(out=Path()), settings, 1000, torch.device("cpu"))
         for step in run.steps():
             run.count(torch.tensor(2.5 + step), torch.tensor(0.5))
     lines = [line.strip() for line in err.getvalue().split("\r") if line.strip()]
     lines.insert(0, out.getvalue().strip())  # the first is a line of its own
-    found = [int(line.split(" of 25  ")[0].removeprefix("epoch 1/2 step ")) for line in lines]
-    assert 5 < len(found) < 20 and sorted(set(found)) == found, lines
+    found = [int(line.split(" of 100  ")[0].removeprefix("epoch 1/2 step ")) for line in lines]
+    assert 5 < len(found) < 30 and sorted(set(found)) == found, lines
     for step, line in zip(found, lines):
         assert f"loss {step + 1.5:.3f}" in line and "images/s" in line, line
         assert "left 0:00:" in line and "in all 0:00:" in line, line
