@@ -1147,7 +1147,10 @@ def training_arguments(doc, presets, argv=None):
     add("--precision", "of products; without it bf16 where hardware has it", choices=("fp32", "bf16"))
     add("--compile", "torch.compile network and colour augmentation; pays on GPUs", action="store_true")
     args = parser.parse_args(argv)
-    if args.checkpoint_activations and not any(word.startswith("--micro-batch") for word in argv):
+    given = {word.split("=")[0] for word in argv}
+    if args.warmup_epochs > args.epochs and "--warmup-epochs" not in given:
+        args.warmup_epochs = args.epochs / 2  # the preset's warmup must leave room in a run made shorter
+    if args.checkpoint_activations and "--micro-batch" not in given:
         args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
     return args
 

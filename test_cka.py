@@ -1527,6 +1527,8 @@ def test_scripts_refused():
     for preset, epochs in (("paper", 1300), ("small", 12)):
         code, out, _ = run_script("train_simclr.py", "--help", f"--preset={preset}")
         assert code == 0 and f"(default: {epochs})" in " ".join(out.split()) and "size and memory" in out
+    args = common.training_arguments("", train_simclr.PRESETS, ["--epochs=1", "--checkpoint-activations"])
+    assert args.warmup_epochs == 0.5 and args.micro_batch == 4096
     with temporary_folder() as folder, offline():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
