@@ -1500,10 +1500,13 @@ def test_scripts_resumed():
                 log.write(b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo')
             code, out, err = run_script(script, *flags)
             assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
-            found, want = (entries_of_checkpoint(p) for p in (path, tiny_checkpoints() / path.name))
+            both = path, tiny_checkpoints() / path.name
+            found, want = map(entries_of_checkpoint, both)
             differ = [f"{x} for {y}" for x, y in zip(found, want) if x != y]
             assert len(found) == len(want) > 400 and not differ, f"{len(differ)} differ: {differ[:3]}"
-            assert log_of(path) and not list(folder.glob("*.tmp")), "the left-over file is still there"
+            losses, wanted = ([record["loss"] for record in log_of(p)] for p in both)
+            assert losses == wanted, f"logged: {losses}, without interruption {wanted}"
+            assert not list(folder.glob("*.tmp")), "the left-over file is still there"
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
@@ -1636,7 +1639,7 @@ def test_ranks():
     assert done.returncode == 0 and done.stdout.count("epoch 1/2") == 1, done.stdout + done.stderr[-900:]
     for record, want in zip(*(log_of(folder / "simclr_seed0.pt") for folder in folders)):
         for name in ("loss", "accuracy"):
-            assert_close(record[name], want[name], 1e-4, name)
+            assert_close(record[name], want[name], 1e-3, name)
     ranks, one = (torch.load(folder / "simclr_seed0.pt", weights_only=True) for folder in folders)
     buffers = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (ranks, one)]
     assert_same_vector(*buffers, 3e-2, "momentum")
