@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -31,10 +30,8 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -110,9 +107,6 @@ def explained(what, *kinds):
         if not isinstance(error, kinds):
             raise
         raise UserError(f"{what}: {str(error).split('. ')[0][:250]}") from None
-
-
-out_of_memory_advice = explained  # its name where no other errors are meant
 
 
 def warn(text):
@@ -325,24 +319,23 @@ def synthetic_images(n, seed):
 # and ranks see what one process with one batch would see.
 
 
-def imagenet_params(n, height, width, device, generator=None, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+def imagenet_params(n, height, width, device, generator=None):
     """Crop boxes and flips for n images: {"box": int64 (n, 4) top, left, height, width, "flip": bool (n,)}.
 
-    The distribution of torchvision's RandomResizedCrop: area uniform in `scale`, log aspect uniform in
-    `ratio`, the first of ten attempts that fits, else the largest centred box whose aspect lies in `ratio`.
-    Flip: p = 0.5.
+    As torchvision's RandomResizedCrop: area uniform in 8 to 100 %, log aspect uniform between 3/4 and 4/3,
+    the first of ten attempts that fits, else the largest centred box of such an aspect. Flip: p = 0.5.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 10, device=device, generator=generator)
 
-    area = height * width * uniform(*scale)
-    aspect = torch.exp(uniform(math.log(ratio[0]), math.log(ratio[1])))
+    area = height * width * uniform(0.08, 1.0)
+    aspect = torch.exp(uniform(math.log(3 / 4), math.log(4 / 3)))
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)  # index of the first True, 0 if there is none
     w, h, fits = (t.gather(1, first).squeeze(1) for t in (w, h, fits))
-    w = torch.where(fits, w, min(width, round(height * ratio[1])))
-    h = torch.where(fits, h, min(height, round(width / ratio[0])))
+    w = torch.where(fits, w, min(width, round(height * 4 / 3)))
+    h = torch.where(fits, h, min(height, round(width * 4 / 3)))
     top, left, flip = torch.rand(3, n, device=device, generator=generator)
     top = torch.where(fits, (top * (height - h + 1)).floor(), (height - h) // 2)
     left = torch.where(fits, (left * (width - w + 1)).floor(), (width - w) // 2)
@@ -361,11 +354,10 @@ def simclr_params(n, height, width, device, generator=None, strength=1.0):
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     factors[:, :3].mul_(high - low).add_(low)
     factors[:, 3].mul_(0.4 * strength).sub_(0.2 * strength)
-    params["factors"] = factors
-    params["order"] = torch.rand(n, 4, device=device, generator=generator).argsort(1)
+    order = torch.rand(n, 4, device=device, generator=generator).argsort(1)
     jitter, gray, blur, sigma = torch.rand(4, n, device=device, generator=generator)
-    params |= {"jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
-    return params
+    return params | {"factors": factors, "order": order, "jitter": jitter < 0.8, "gray": gray < 0.2,
+                     "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
 
 
 def slice_params(params, rows):
@@ -373,21 +365,19 @@ def slice_params(params, rows):
     return {name: value[rows] for name, value in params.items()}
 
 
-def _resize_matrix(start, length, size_in, size_out, flip=None):
+def _resize_matrix(start, length, size_in, size_out, flip):
     """(n, size_out, size_in): bilinear weights that resize [start, start + length) to size_out pixels.
 
-    Half-pixel centres (align_corners=False), edges of the interval replicated, triangle filter widened when
-    it shrinks (antialias); `flip` (n,) mirrors the result. One side of crop, resize and flip is one matrix.
+    Half-pixel centres, edges replicated, the triangle filter widened when it shrinks (antialias), mirrored
+    where `flip` (n,): crop, resize and flip of one side are one matrix.
     """
-    target = torch.arange(size_out, device=start.device, dtype=torch.float32).expand(len(start), -1)
-    if flip is not None:
-        target = torch.where(flip[:, None], size_out - 1 - target, target)
+    target = torch.arange(size_out, device=start.device, dtype=torch.float32)
+    target = torch.where(flip[:, None], size_out - 1 - target, target)
     scale = (length / size_out)[:, None]
     centres = (start[:, None] + (target + 0.5) * scale)[:, :, None]  # (n, size_out, 1), in input pixels
     pixels = torch.arange(size_in, device=start.device, dtype=torch.float32) + 0.5
     weights = (1 - (pixels - centres).abs() / scale.clamp(min=1)[:, :, None]).clamp_(min=0)
-    inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
-    weights *= inside[:, None]
+    weights *= ((pixels > start[:, None]) & (pixels < (start + length)[:, None]))[:, None]
     return weights / weights.sum(2, keepdim=True)
 
 
@@ -401,7 +391,7 @@ def _separable(images, rows, columns):
 def _crop_resize_flip(images, size, params):
     """uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]: its box, resized, perhaps mirrored."""
     top, left, height, width = params["box"].unbind(1)
-    rows = _resize_matrix(top, height, images.shape[2], size)
+    rows = _resize_matrix(top, height, images.shape[2], size, torch.zeros_like(params["flip"]))
     columns = _resize_matrix(left, width, images.shape[3], size, params["flip"])
     return _separable(images.float().div_(255), rows, columns)
 
@@ -412,21 +402,18 @@ def _luma(x):
 
 
 def _blend_(x, operation, factor):
-    """Brightness (0), contrast (1) or saturation (2), chosen per image, in place; then clipped to [0, 1].
-
-    All three blend the image with something: black, its mean gray value, its gray image. Factor 1: no change.
-    """
-    view = (-1, 1, 1, 1)
-    gray, rest = _luma(x), 1 - factor
-    add = gray.mean((2, 3), keepdim=True) * (rest * (operation == 1)).view(view)
-    add = torch.addcmul(add, gray, (rest * (operation == 2)).view(view))
-    return x.mul_(factor.view(view)).add_(add).clamp_(0, 1)
+    """Blends images, in place, with black (operation 0: brightness), their mean gray (1: contrast) or their
+    gray image (2: saturation), chosen per image; clipped to [0, 1]. Factor 1: no change."""
+    gray, operation, factor = _luma(x), operation.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1)
+    add = gray.mean((2, 3), keepdim=True) * ((1 - factor) * (operation == 1))
+    add = torch.addcmul(add, gray, (1 - factor) * (operation == 2))
+    return x.mul_(factor).add_(add).clamp_(0, 1)
 
 
 def _shift_hue(x, turns):
     """Hue of x (n, 3, h, w) in [0, 1] shifted by `turns` (n,): through HSV, hue in sextants, no branches."""
     r, g, b = x.split(1, 1)
-    top, bottom = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    top, bottom = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = top - bottom
     hue = torch.where(top == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
     hue = torch.where(top == r, g - b, hue)
@@ -450,13 +437,11 @@ def color_jitter(x, params):
     positions = torch.arange(3, device=x.device)
     blends = order.gather(1, positions + (positions >= hue_position))  # (n, 3): the order without the hue
     factor = torch.where(params["jitter"][:, None], factors.gather(1, blends), 1.0)
-    before = torch.where(positions < hue_position, factor, 1.0)
-    after = torch.where(positions >= hue_position, factor, 1.0)
     for i in range(3):
-        x = _blend_(x, blends[:, i], before[:, i])
+        x = _blend_(x, blends[:, i], torch.where(i < hue_position[:, 0], factor[:, i], 1.0))
     x = _shift_hue(x, torch.where(params["jitter"], factors[:, 3], 0.0))
     for i in range(3):
-        x = _blend_(x, blends[:, i], after[:, i])
+        x = _blend_(x, blends[:, i], torch.where(i >= hue_position[:, 0], factor[:, i], 1.0))
     return x
 
 
@@ -471,40 +456,33 @@ def _blur_matrix(size, kernel_size, sigma, active):
     return matrix.scatter_add_(2, source, weights[:, None].expand(-1, size, -1))
 
 
-def simclr_augment(images, size, strength=1.0, blur=True, generator=None, params=None, jitter=color_jitter):
+def simclr_augment(images, size, strength=1.0, blur=True, params=None, jitter=color_jitter):
     """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), same device.
 
-    Crop, flip, colour jitter of `strength`, gray, and (if `blur`) Gaussian blur with a kernel of size // 10
-    pixels, made odd (SimCLR App. A; its CIFAR-10 setting is strength 0.5 without blur). Every image has its
-    own parameters, drawn by `simclr_params` from `generator` unless given. Equal to torchvision's functional
-    operations with the same parameters, without rounding to uint8 in between. `jitter`: `color_jitter`, or
-    what torch.compile made of it.
+    Crop, flip, colour jitter, gray and, if `blur`, Gaussian blur with a kernel of size // 10 pixels, made odd
+    (SimCLR App. A), by torchvision's definitions without its rounding to uint8. Every image has its own
+    parameters, by `simclr_params` unless given. `jitter`: what torch.compile made of `color_jitter`, say.
     """
     if params is None:
-        params = simclr_params(len(images), *images.shape[2:], images.device, generator, strength)
+        params = simclr_params(len(images), *images.shape[2:], images.device, strength=strength)
     n = max(4, 2 ** 18 // (3 * size * size))
     if images.device.type == "cpu" and len(images) > n:  # twice as fast on pieces that fit a CPU's cache
         pieces = [slice(start, start + n) for start in range(0, len(images), n)]
-        return torch.cat([simclr_augment(images[rows], size, strength, blur, None, slice_params(params, rows),
-                                         jitter) for rows in pieces])
+        return torch.cat([simclr_augment(images[piece], size, strength, blur, slice_params(params, piece),
+                                         jitter) for piece in pieces])
     x = jitter(_crop_resize_flip(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
-        on_cpu = x.device.type == "cpu"  # a GPU does all, as it would have to wait for the choice
-        rows = params["blur"].nonzero().squeeze(1) if on_cpu else slice(None)
-        matrix = _blur_matrix(size, kernel_size, params["sigma"][rows], params["blur"][rows])
-        x[rows] = _separable(x[rows], matrix, matrix)
+        matrix = _blur_matrix(size, kernel_size, params["sigma"], params["blur"])
+        x = _separable(x, matrix, matrix)
     return x
 
 
-def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, generator=None, params=None):
-    """The supervised training images of the paper (footnote 3): crop, flip, channel-wise standardisation.
-
-    uint8 (n, 3, h, w) -> float32 (n, 3, size, size) on the same device; parameters from `imagenet_params`.
-    """
+def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, params=None):
+    """Supervised training images (footnote 3), crop, flip, standardisation: float32 (n, 3, size, size)."""
     if params is None:
-        params = imagenet_params(len(images), *images.shape[2:], images.device, generator)
+        params = imagenet_params(len(images), *images.shape[2:], images.device)
     return _standardise(_crop_resize_flip(images, size, params), mean, std)
 
 
@@ -534,11 +512,8 @@ BLOCK_GROUPS = (3, 4, 6, 3)  # bottlenecks per block group, Table 1
 
 
 class ProjectionHead(nn.Module):
-    """SimCLR's non-linear head as the paper uses it (App. A: "a 3-layer MLP"): 2048 -> 2048 -> 2048 -> 128.
-
-    As in SimCLR's code each layer is a product without bias and a batch norm, the first two with a ReLU, the
-    last norm without a shift. `head.1` to `head.3` are the outputs of the layers.
-    """
+    """SimCLR's head as the paper uses it (App. A: "a 3-layer MLP"), each layer as in SimCLR's code: a product
+    without bias and a batch norm, the first two with a ReLU, the last norm without a shift."""
 
     def __init__(self, width=2048, out=128):
         super().__init__()
@@ -558,8 +533,7 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True, stem_padding=1
     """A torchvision ResNet-50 whose `fc` is the projection head ("simclr") or the classifier ("supervised").
 
     stem "imagenet": 7 x 7 stride 2 and max-pool; "cifar": 3 x 3 stride 1, no pool (SimCLR App. B.9). The
-    weights depend on method and seed only; the last gamma of each block is 0 unless `zero_init` is False. In
-    train mode, on the CPU.
+    weights depend on method and seed only; the last gamma of each block is 0 unless `zero_init` is False.
     """
     digest = hashlib.blake2b(f"weights {method} {seed}".encode(), digest_size=7).digest()
     with torch.random.fork_rng(devices=[]):
@@ -582,9 +556,8 @@ def representations(model, images, any_order=False):
     """Every representation of `images` (n, 3, h, w): a dict in depth order, from layer name to (n, p) tensor.
 
     `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
-    ReLU (App. A.1); then `head.1` to `head.3` if the model's `fc` is a `ProjectionHead`. The model stays in
-    the mode it is in (use eval for figures). Features are flattened (channel, height, width); with
-    `any_order` in the order of memory: quicker for channels_last, and no difference to linear CKA.
+    ReLU (App. A.1); then `head.1` to `head.3`, the layers of a `ProjectionHead`. In the model's own mode.
+    Flattened as (channel, height, width), or `any_order` of memory: quicker, and the same to linear CKA.
     TypeError for a network that is not torchvision's ResNet-50, or whose class changes what that computes.
     """
     return dict(stream_representations(model, images, any_order))
@@ -596,7 +569,13 @@ def stream_representations(model, images, any_order=False):
     It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
-    _refuse_other_networks(model, groups)
+    resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
+    steps = [(getattr(model, name, None), getattr(resnet, name)) for name in ("forward", "_forward_impl")]
+    steps += [(block.forward, bottleneck.forward) for group in groups for block in group]
+    own = any(getattr(step, "__func__", None) is not torchvisions for step, torchvisions in steps)
+    if own or tuple(map(len, groups)) != BLOCK_GROUPS or model._forward_pre_hooks:
+        raise TypeError(f"representations() needs torchvision's ResNet-50, not {type(model).__name__}: not "
+                        "wrapped, with no forward of its own and no hook before it")
 
     def flat(x):
         last = any_order and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -627,24 +606,10 @@ def stream_representations(model, images, any_order=False):
             yield f"head.{i}", x
 
 
-def _refuse_other_networks(model, groups):
-    """TypeError unless the network computes what torchvision's ResNet does, whose forward we take apart."""
-    resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
-    steps = [(model, "forward", resnet.forward), (model, "_forward_impl", resnet._forward_impl)]
-    steps += [(block, "forward", bottleneck.forward) for group in groups for block in group]
-    other = [type(module).__name__ for module, name, torchvisions in steps
-             if getattr(getattr(module, name, None), "__func__", None) is not torchvisions]
-    if other or tuple(map(len, groups)) != BLOCK_GROUPS or model._forward_pre_hooks:
-        raise TypeError(f"representations() needs a torchvision ResNet-50 (bottlenecks {BLOCK_GROUPS}), not "
-                        "wrapped, with no forward of its own and no hook before it; got "
-                        f"{other[0] if other else type(model).__name__}")
-
-
 # ============================================================================================================
 # 5. LARS and the learning-rate schedule
 # ============================================================================================================
-# The optimizer of both training scripts, and the factor of its rate as a function of the step. Only
-# train_simclr.py and train_supervised.py use them.
+# The optimizer of both training scripts, and the factor of its rate as a function of the step.
 
 
 class LARS(torch.optim.Optimizer):
@@ -653,31 +618,24 @@ class LARS(torch.optim.Optimizer):
         g <- gradient + weight_decay w;   t = eta |w| / |g|, or 1 if either norm is 0
         v <- momentum v + (lr t) g;       w <- w - v
 
-    1-d parameters (of batch norm, and biases) get neither weight decay nor adaptation (t = 1). `lr` is
-    the rate of a step, scaled for the batch already. List operations only; nothing waits for the device.
+    1-d parameters (of batch norm, and biases) get neither weight decay nor adaptation (t = 1). List
+    operations only; nothing waits for the device.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
-        options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta)
-        for name, value in options.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"LARS: {name} is {value}; expected a finite number, at least 0")
-        super().__init__(params, options)
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update; returns the closure's loss, if there is one."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
+    def step(self):
+        """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
             for adapted in (True, False):
-                weights = [p for p in params if (p.ndim > 1) == adapted]
+                weights = [p for p in group["params"] if p.grad is not None and (p.ndim > 1) == adapted]
                 if not weights:
                     continue
                 gradients = [p.grad for p in weights]
                 for p in weights:
-                    if "momentum_buffer" not in self.state[p]:
+                    if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum_buffer"] for p in weights]
                 torch._foreach_mul_(buffers, group["momentum"])
@@ -691,45 +649,34 @@ class LARS(torch.optim.Optimizer):
                 else:
                     torch._foreach_add_(buffers, gradients, alpha=group["lr"])
                 torch._foreach_sub_(weights, buffers)
-        return loss
 
 
 def warmup_cosine(step, total_steps, warmup_steps):
     """Factor of the rate in [0, 1]: linear from 0 to 1 at warmup_steps, then a cosine to 0 at total_steps."""
     if step < warmup_steps:
         return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ============================================================================================================
 # 6. InfoNCE
 # ============================================================================================================
-# SimCLR's loss, Eq. (1), which train_simclr.py minimises. It compares with the views of all processes, and
-# its gradient is that of one process with the whole batch.
-
-
-def info_nce(z1, z2, temperature):
-    """InfoNCE, Eq. (1), averaged over the 2N anchors: a 0-d float32 tensor, ln(2N - 1) for equal views.
-
-    z1, z2 (N, d): row i of each is a view of image i; computed in float32 whatever their dtype. In one of
-    several processes the rows are its share, all processes' views are compared with, and the mean over
-    processes of the result (and of its gradient, as DistributedDataParallel takes it) is that of one process
-    with the whole batch. ValueError for unequal shapes or a temperature that is not above 0.
-    """
-    return info_nce_and_accuracy(z1, z2, temperature)[0]
+# SimCLR's loss, which train_simclr.py minimises, among the views of all processes.
 
 
 def info_nce_and_accuracy(z1, z2, temperature):
-    """`info_nce`, and the share of anchors (0-d in [0, 1]) whose partner is nearest of all 2N - 1 views."""
-    if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(f"info_nce needs two (N, d) tensors, got {tuple(z1.shape)} and {tuple(z2.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"info_nce: temperature is {temperature}; expected a number above 0")
+    """InfoNCE, Eq. (1), averaged over the 2N anchors, and the share of these whose partner is nearest.
+
+    z1, z2 (N, d): row i of each is a view of image i. Both results are 0-d float32, the loss ln(2N - 1) for
+    equal views. In one of several processes the rows are its share, all processes' views are compared with,
+    and the mean over processes of loss and gradient is that of one process with the whole batch.
+    """
     with torch.autocast(z1.device.type, enabled=False):
         n, everyone = len(z1), world_size() * len(z1)
         z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-        logits = torch.cat([z1, z2]) @ torch.cat([gather(z1), gather(z2)]).T / temperature  # (2n, 2N)
+        views = torch.cat([_Gather.apply(z) if world_size() > 1 else z for z in (z1, z2)])  # (2N, d)
+        logits = torch.cat([z1, z2]) @ views.T / temperature
         own = torch.arange(n, device=z1.device) + rank() * n
         own = torch.cat([own, own + everyone])  # the column of each row itself; its partner is N columns away
         logits = logits.scatter(1, own[:, None], -math.inf)
@@ -746,12 +693,12 @@ def info_nce_and_accuracy(z1, z2, temperature):
 
 def world_size():
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():
     """This process's number, 0 to world_size() - 1."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def sum_over_ranks(x):
@@ -769,11 +716,8 @@ def rank0_first(work):
             result = work()
         except UserError as caught:
             error = caught
-    failed = sum_over_ranks(torch.tensor(int(error is not None)))  # on the CPU, so by gloo
-    if error:
-        raise error
-    if failed:
-        sys.exit(2)
+    if sum_over_ranks(torch.tensor(int(error is not None))):  # on the CPU, so by gloo
+        raise error or SystemExit(2)
     return result if rank() == 0 else work()
 
 
@@ -792,13 +736,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be shared
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
-
-
-def gather(x):
-    """Every rank's rows of x (n, d), in rank order: (world_size n, d), with a gradient; alone, x itself."""
-    return _Gather.apply(x) if world_size() > 1 else x
+        return sum_over_ranks(gradient).chunk(world_size())[rank()]
 
 
 @contextlib.contextmanager
@@ -813,11 +751,7 @@ def distributed(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise UserError(f"cannot join torchrun's processes ({reason}); if there are none, unset RANK")
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
     yield device
     dist.destroy_process_group()  # after success only: without a lost rank, kernels never finish
 
@@ -975,46 +909,26 @@ def first_names(names, most=5):
 # ============================================================================================================
 # 9. Training
 # ============================================================================================================
-# What the loops of both training scripts stand on, in the order of use: flags, the settings that a checkpoint
-# keeps, the order of the images, batch norm that does not count, then the log, what is printed, and `Run`,
-# which resumes, saves and heeds signals. A script meets the last three through `open_run` alone.
+# What the loops of both training scripts stand on: flags, the settings that a checkpoint keeps, batch norm
+# that does not count, several processes, and `Run`, which resumes, counts, prints and saves. A script gets
+# its run from `open_run`.
 
 
 def training_arguments(doc, presets, argv=None):
     """The flags of a training script, the preset's values where not given; exits with 2 if impossible."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = Parser(doc, add_help=False)  # finds the preset, whose values are the other flags' defaults
-    first.add_argument("--preset", choices=list(presets), default="paper",
-                       help="where the other flags' defaults come from (default: %(default)s)")
-    name = first.parse_known_args(argv)[0].preset
-    defaults = presets[name] | {"out": f"checkpoints/{name}"}
-    parser = Parser(doc, parents=[first])
-    add_training_flags(parser, defaults)
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    given = {word.split("=")[0] for word in argv}
-    if args.warmup_epochs > args.epochs:
-        if "--warmup-epochs" in given:
-            parser.error(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
-        args.warmup_epochs = args.epochs / 2  # the preset's warmup must leave room in a run made shorter
-    if args.checkpoint_activations and args.compile:
-        parser.error("--compile: torch cannot compile what --checkpoint-activations does; give one of them")
-    if args.checkpoint_activations and "--micro-batch" not in given:
-        args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
-    if len(set(args.seeds)) != len(args.seeds):
-        parser.error(f"--seeds {args.seeds}: each seed once")
-    return args
-
-
-def add_training_flags(parser, defaults):
-    """The flags of both training scripts in three groups, each with its default, if the preset has one."""
     def add(flag, help, **options):
-        if flag[2:].replace("-", "_") in defaults:
+        if parser.get_default(flag[2:].replace("-", "_")) is not None:
             help += " (default: %(default)s)"
-        if "type" in options:
-            options["metavar"] = "N"
-        group.add_argument(flag, help=help, **options)
+        metavar = {"metavar": "N"} if "type" in options else {}
+        group.add_argument(flag, help=help, **metavar, **options)
 
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(doc, add_help=False)  # first finds the preset, whose values are the other flags' defaults
+    parser.add_argument("--preset", choices=list(presets), default="paper",
+                        help="where the other flags' defaults come from (default: %(default)s)")
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.add_argument("-h", "--help", action="help", help="print this and exit")
+    parser.set_defaults(**presets[preset], out=f"checkpoints/{preset}")
     count, positive = number(int, low=1), number(float, low=0)
     group = parser.add_argument_group("what is trained")
     add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
@@ -1024,7 +938,7 @@ def add_training_flags(parser, defaults):
     add("--lr", "learning rate per 256 images: the peak is lr * batch-size / 256", type=positive)
     add("--weight-decay", "L2 factor; batch norm and biases are exempt", type=positive)
     add("--warmup-epochs", "epochs of linear warmup (App. A)", type=positive)
-    if "temperature" in defaults:
+    if parser.get_default("temperature"):
         add("--temperature", "tau of Eq. (1)", type=number(float, above=0))
     add("--stem", "7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)", choices=("imagenet", "cifar"))
     group = parser.add_argument_group("size and memory")
@@ -1032,14 +946,21 @@ def add_training_flags(parser, defaults):
     add("--subset", "training images used, a fixed random choice; without it all", type=count)
     add("--batch-size", "images per step, over all processes (App. A)", type=count)
     add("--micro-batch", "images per forward and backward, per process: lower it to save memory", type=count)
-    add("--checkpoint-activations", action="store_true",
-        help="save memory by computing activations twice, the batch in one piece: exact, batch norm included")
+    add("--checkpoint-activations", "save memory by computing activations twice, the batch in one piece",
+        action="store_true")
     group = parser.add_argument_group("where and how")
     add("--out", "folder for checkpoints and logs")
     add("--checkpoint-every", "epochs between checkpoints", type=count)
-    add("--device", "cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
-    add("--precision", "of products (default: bf16 where hardware has it)", choices=("fp32", "bf16"))
+    add("--device", "cpu, cuda, cuda:N or mps; without it cuda, else mps, else cpu")
+    add("--precision", "of products; without it bf16 where hardware has it", choices=("fp32", "bf16"))
     add("--compile", "torch.compile network and colour augmentation; pays on GPUs", action="store_true")
+    args = parser.parse_args(argv)
+    given = {word.split("=")[0] for word in argv}
+    if args.warmup_epochs > args.epochs and "--warmup-epochs" not in given:
+        args.warmup_epochs = args.epochs / 2  # the preset's warmup must leave room in a run made shorter
+    if args.checkpoint_activations and "--micro-batch" not in given:
+        args.micro_batch = args.batch_size  # the whole batch in one piece is what it is for
+    return args
 
 
 # The settings of a run: all that its result depends on, and what a figure needs to know.
@@ -1049,49 +970,37 @@ SETTINGS = ("preset data epochs batch_size micro_batch checkpoint_activations im
 
 def run_settings(args, method, seed, data, device):
     """The settings dict (plain types only) of a run; UserError for what data, device or processes forbid."""
-    total, processes = len(data.train_images), world_size()
-    n = args.subset or total
-    local, micro_batch = args.batch_size // processes, min(args.micro_batch, args.batch_size)
+    total, processes, batch_size = len(data.train_images), world_size(), args.batch_size
+    n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
+    views = 2 if method == "simclr" else 1
+    fewest = views * min(local, micro_batch, local % micro_batch or micro_batch)
     no_bf16 = args.precision == "bf16" and device.type == "cuda" and not has_bf16(device)
-    one_image = method == "supervised" and 1 in (local % micro_batch, min(local, micro_batch))
     for wrong, what in (
-            (n > total, f"--subset {n}: the training set has {total} images"),
-            (args.batch_size > n, f"--batch-size {args.batch_size}: more than the run's {n} training images"),
-            (args.batch_size % processes, f"--batch-size {args.batch_size}: no multiple of {processes}"),
-            (local < 2, f"--batch-size {args.batch_size}: batch norm needs at least 2 images per process"),
-            (one_image, f"--micro-batch {micro_batch}: leaves a piece of 1 image, too few for batch norm"),
-            (args.compile and processes > 1, f"--compile: does not work with {processes} processes"),
+            (not batch_size <= n <= total, f"--batch-size {batch_size}, --subset {n}: the batch must be at "
+             f"most the subset, the subset at most the {total} training images"),
+            (batch_size % processes or local < 2 or fewest < 2, f"--batch-size {batch_size}, --micro-batch "
+             f"{micro_batch}: give {processes} processes equal shares, in pieces of 2 images for batch norm"),
+            (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
+            (args.compile and (processes > 1 or args.checkpoint_activations),
+             "--compile: works neither with several processes nor with --checkpoint-activations"),
             (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
         if wrong:
             raise UserError(what)
-    settings = {name: getattr(args, name, None) for name in SETTINGS}
+    settings = {name: getattr(args, name, None) for name in SETTINGS} | {"method": method, "seed": seed}
     if args.data != "synthetic":
         settings["data"] = str(Path(args.data).expanduser().absolute())
     settings["precision"] = args.precision or ("bf16" if has_bf16(device) else "fp32")
-    settings["micro_batch"] = micro_batch
     mean, std = channel_statistics(data.train_images)
-    return settings | {"method": method, "seed": seed, "train_images": n, "classes": list(data.classes),
+    return settings | {"micro_batch": micro_batch, "train_images": n, "classes": list(data.classes),
                        "mean": list(mean), "std": list(std)}
-
-
-def steps_until(epoch, n, batch_size):
-    """Steps until `epoch` passes over n images are complete. Batches cross ends of epochs, as in SimCLR."""
-    return -(-epoch * n // batch_size)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n, total, device):
-    """Indices (n,) int64 on `device` of an epoch's images, `n` of `total`; from seed and epoch only."""
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:n].sort().values  # --subset
-    return chosen[torch.randperm(n, generator=generator_for("cpu", "order", seed, epoch))].to(device)
 
 
 @contextlib.contextmanager
 def not_counting(module):
     """Batch norm normalises as in training, but its running statistics and its count stay as they are.
 
-    For passes that repeat another. By a momentum of 0: without running statistics SyncBatchNorm would count
-    in the dtype of its input, and fail in bf16.
+    For passes that repeat another. Statistics are kept, by a momentum of 0: SyncBatchNorm fails in bf16
+    without them.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -1106,151 +1015,74 @@ def not_counting(module):
 
 def checkpoint_blocks(model):
     """Makes each bottleneck keep only its input and compute its activations again in the backward pass."""
-    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for block in layer:
-            contexts = functools.partial(lambda b: (contextlib.nullcontext(), not_counting(b)), block)
-            block.forward = functools.partial(recompute_activations, block.forward, use_reentrant=False,
-                                              context_fn=contexts, preserve_rng_state=False)
+    for block in itertools.chain(model.layer1, model.layer2, model.layer3, model.layer4):
+        contexts = functools.partial(lambda b: (contextlib.nullcontext(), not_counting(b)), block)
+        block.forward = functools.partial(recompute_activations, block.forward, use_reentrant=False,
+                                          context_fn=contexts, preserve_rng_state=False)
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """A list to which SIGTERM and SIGINT add their numbers; a second one ends the process as usual."""
-    caught = []
-
-    def note(number, _):
-        caught.append(number)
-        handlers.close()
-
-    with contextlib.ExitStack() as handlers:  # puts the previous ones back
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handlers.callback(signal.signal, number, signal.signal(number, note))
-        yield caught
+def for_all_ranks(model, device):
+    """`model`, wrapped if several processes train it: then its backward pass averages gradients."""
+    if world_size() == 1:
+        model.no_sync = contextlib.nullcontext
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped.broadcast_buffers = False  # each rank keeps its own running statistics between saves
+    return wrapped
 
 
-class Log:
-    """The JSON-lines file beside a checkpoint, written by rank 0: one record per start, one per epoch.
-
-    Locked until closed, where the system can: a second run of the same network is a UserError.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        self.file = open(path, "a+b") if rank() == 0 else io.BytesIO()
-        if fcntl is None or rank() > 0:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise UserError(f"{path}: another process trains this network; wait for it, stop it, or give "
-                            "another --out") from None
-        except OSError:  # a file system without locks
-            return
-        for leftover in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
-
-    def drop_after(self, epoch):
-        """Removes the records of later epochs, which will be run again, and a line cut short by a kill."""
-        kept = 0
-        self.file.seek(0)
-        with contextlib.suppress(ValueError):
-            for line in self.file:
-                if json.loads(line).get("epoch", 0) > epoch:
-                    break
-                kept += len(line)
-        self.file.truncate(kept)
-
-    def write(self, record):
-        """Appends one record."""
-        self.file.write((json.dumps(record) + "\n").encode())
-        self.file.flush()
+def average_statistics(model):
+    """Batch norm's running statistics averaged over the ranks: every rank and checkpoint has the same."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            sum_over_ranks(buffer).div_(world_size())
 
 
-def run_record(device):
-    """What a log says of a run's surroundings: time, git commit, versions, device."""
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent)
-        commit = git.stdout.strip() or None
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "commit": commit, "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "world_size": world_size(), "threads": torch.get_num_threads()}
+def say(text, rewritten=False):
+    """Rank 0 prints a line on stdout, or a `rewritten` one on stderr, if a terminal: the next replaces it."""
+    if rank() == 0 and sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width] if rewritten else '':{width}}\r", end="", file=sys.stderr, flush=True)
+    if rank() == 0 and not rewritten:
+        print(text, flush=True)
 
 
-class Progress:
-    """What rank 0 says of a run: lines on stdout, and at a terminal one on stderr that is rewritten.
-
-    Once it says how long the run will take: after the first steps, and after 30 s if the first takes longer.
-    """
-
-    def __init__(self, run):
-        self.run, self.since, self.told, self.shown = run, None, False, 0.0
-        self.terminal = sys.stderr.isatty() and rank() == 0
-        self.timer = threading.Timer(30, self.estimate, ["more than", 30])
-        self.timer.daemon = True
-
-    def after_step(self):
-        """Says what is due. It waits for the device twice in a run, and at a terminal once a second."""
-        run, now = self.run, time.perf_counter()
-        self.timer.cancel()
-        if self.since is None:  # the first step loads libraries and compiles: no measure of the rest
-            run.loss.item()
-            self.since = time.perf_counter(), run.step
-        elif not self.told and now - self.since[0] > 5:
-            run.loss.item()
-            self.told = True
-            self.estimate("about", (time.perf_counter() - self.since[0]) / (run.step - self.since[1]))
-        if self.terminal and now - self.shown > 1:
-            begin, end = run.ends[run.epoch:run.epoch + 2]
-            pace = run.spent / (run.step - begin)  # seconds per step
-            epoch_left, run_left = (timedelta(seconds=round((last - run.step) * pace))
-                                    for last in (end, run.total_steps))
-            self.rewrite(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  "
-                         f"loss {run.loss.item():.3f}  {run.batch_size / pace:.0f} images/s  "
-                         f"left {epoch_left}, in all {run_left}")
-            self.shown = time.perf_counter()
-
-    def estimate(self, how_long, pace):
-        """Says how long the rest of the run takes at a pace in seconds per step."""
-        steps = self.run.total_steps - self.run.step
-        left = timedelta(seconds=round(steps * pace))
-        self.say(f"{self.run.name}: {how_long} {left} for {steps} steps")
-
-    def say(self, text):
-        """Prints a line, in the place of the rewritten one."""
-        self.rewrite("")
-        if rank() == 0:
-            print(text, flush=True)
-
-    def close(self):
-        """Removes the rewritten line and stops the timer."""
-        self.timer.cancel()
-        self.rewrite("")
-
-    def rewrite(self, text):
-        """Puts `text` where the line was, for the next to replace."""
-        if self.terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
+def show_progress(run):
+    """Says once, 5 s after its first step, where a run is and what is left; at a terminal every second."""
+    if run.first is None:  # the first step loads libraries and compiles: no measure of the rest
+        run.loss.item()  # waits for the device, as below, and nothing else does
+        run.first = run.step, time.perf_counter()
+    first, since = run.first
+    pause = 5 if run.shown is None else 1 if sys.stderr.isatty() else math.inf
+    if time.perf_counter() - (run.shown or since) < pause:
+        return
+    loss, now = run.loss.item(), time.perf_counter()
+    pace = (now - since) / (run.step - first)  # seconds per step
+    begin, end = run.ends[run.epoch:run.epoch + 2]
+    left, in_all = (timedelta(seconds=round((last - run.step) * pace)) for last in (end, run.total_steps))
+    say(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  loss {loss:.3f}  "
+        f"{run.batch_size / pace:.0f} images/s  left {left}, in all {in_all}", run.shown is not None)
+    run.shown = now
 
 
 class Run:
     """One network in training, from outside its loop: where it is, its files, and what follows every step.
 
-    A script calls `prepare`, loops `for epoch in range(run.epoch, run.epochs)` and `for step in run.steps()`,
-    gives each step's result to `count` and ends an epoch with `end_epoch`. The weights are a function of the
-    settings alone: killed at any moment and started again on the same device, training ends in the same bits.
+    The weights are a function of the settings alone: killed at any moment and started again on the same
+    device, training ends in the same bits.
     """
 
-    def __init__(self, args, settings, data, device, log):
-        self.args, self.settings, self.device, self.log, self.signals = args, settings, device, log, []
-        self.path, self.name = log.path.with_suffix(".pt"), log.path.stem
+    def __init__(self, args, settings, images, device):
+        self.args, self.settings, self.device = args, settings, device
+        self.name = f"{settings['method']}_seed{settings['seed']}"
+        self.path = args.out / f"{self.name}.pt"
         self.n, self.batch_size, self.epochs = (settings[k] for k in ("train_images", "batch_size", "epochs"))
-        self.order_of = self.n, len(data.train_images), device
-        self.ends = [steps_until(epoch, self.n, self.batch_size) for epoch in range(self.epochs + 1)]
+        subset = torch.randperm(images, generator=torch.Generator().manual_seed(0))[:self.n]
+        self.subset = subset.sort().values
+        # Steps until each epoch is complete. Batches cross ends of epochs, as in SimCLR.
+        self.ends = [-(-epoch * self.n // self.batch_size) for epoch in range(self.epochs + 1)]
         self.total_steps = self.ends[-1]
         self.warmup_steps = int(settings["warmup_epochs"] * self.n // self.batch_size)
         local = self.batch_size // world_size()
@@ -1258,8 +1090,7 @@ class Run:
         self.epoch = self.step = 0
         self.spent = 0.0  # seconds in the current epoch
         self.sums = torch.zeros(3, device=device)  # losses, accuracies, steps of the current epoch
-        self.bad_step = torch.full((), -1, device=device)  # first step whose loss was not finite
-        self.stopped, self.progress = False, Progress(self)
+        self.signals, self.stopped, self.first, self.shown = [], False, None, None
 
     def prepare(self, model, optimizer):
         """The network as a loop calls it: as in the checkpoint if there is one, wrapped as the flags ask."""
@@ -1267,37 +1098,31 @@ class Run:
         checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
         if checkpoint:
             load_weights(model, checkpoint, self.path)
-            try:
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
-            except (KeyError, ValueError, AttributeError) as error:
-                raise UserError(f"{self.path}: its optimizer state is damaged ({error})") from None
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
         if self.epoch >= self.epochs:
-            self.progress.say(f"{self.path}: finished, {self.epochs} epochs; skipped")
+            say(f"{self.path}: finished, {self.epochs} epochs; skipped")
             return model
-        record = run_record(self.device) | {"after_epoch": self.epoch, "settings": self.settings}
-        self.log.drop_after(self.epoch)
-        self.log.write(record)
-        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
-        self.progress.say(f"{self.path}: {self.settings['precision']} on {record['device']}, {processes}, "
-                          f"{self.epochs} epochs, {self.total_steps} steps of {self.batch_size} images"
-                          f"{resumed}")
+        drop_records(self.log, self.epoch)
+        is_cuda = self.device.type == "cuda"
+        device = f"{world_size()} x {torch.cuda.get_device_name(self.device) if is_cuda else self.device}"
+        say(f"{self.path}: {self.settings['precision']} on {device}, {self.epochs} epochs, "
+            f"{self.total_steps} steps of {self.batch_size} images{resumed}")
         if self.settings["checkpoint_activations"]:
             checkpoint_blocks(model)
         if self.args.compile:
             model.compile()  # in place: parameter names stay as they are
-        else:  # compiling makes the first step long, and only that
-            self.progress.timer.start()
         return for_all_ranks(model, self.device)
 
     def images_of(self, step):
         """Indices (int64, on the device) of this rank's images in a step, from the epochs' joined orders."""
         first, last = step * self.batch_size, (step + 1) * self.batch_size - 1
-        epochs = range(first // self.n, last // self.n + 1)
-        stream = torch.cat([epoch_order(self.settings["seed"], epoch, *self.order_of) for epoch in epochs])
-        return stream[first % self.n:][:self.batch_size][self.rows]
+        generators = [generator_for("cpu", "order", self.settings["seed"], epoch)
+                      for epoch in range(first // self.n, last // self.n + 1)]
+        stream = torch.cat([torch.randperm(self.n, generator=generator) for generator in generators])
+        return self.subset[stream[first % self.n:][:self.batch_size][self.rows]].to(self.device)
 
     def steps(self):
         """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
@@ -1306,7 +1131,7 @@ class Run:
             yield self.step
             self.step += 1
             self.spent = time.perf_counter() - started
-            self.progress.after_step()
+            show_progress(self)
             flag = torch.tensor([len(self.signals)])  # on the CPU: gloo, no wait for a GPU
             self.stopped = bool(sum_over_ranks(flag) > 0)  # every rank, once any got a signal
             if self.stopped and self.step < end:  # at its end the epoch is counted first
@@ -1315,23 +1140,22 @@ class Run:
     def count(self, loss, accuracy):
         """Notes the loss and accuracy of a step, both 0-d on the device; nothing in it waits."""
         self.loss = loss.detach()
-        self.bad_step = torch.where((self.bad_step < 0) & ~self.loss.isfinite(), self.step, self.bad_step)
         self.sums += torch.stack([self.loss, accuracy, torch.ones_like(self.loss)])
 
     def end_epoch(self, **measured):
         """Logs and prints the epoch that the last step ended, and what was `measured`; saves when due."""
-        refuse_if_not_finite(self)
-        loss, accuracy, steps = sum_over_ranks(self.sums.clone()).tolist()  # the wait that ends an epoch
+        loss, accuracy, steps = finite_sums(self).tolist()
         speed = steps / world_size() * self.batch_size / self.spent
         self.epoch += 1
-        record = {"epoch": self.epoch, "loss": loss / steps, "accuracy": accuracy / steps} | measured
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], "images_per_second": speed}
-        self.log.write(record)
+        loss, accuracy, rate = loss / steps, accuracy / steps, self.optimizer.param_groups[0]["lr"]
+        record = {"epoch": self.epoch, "loss": loss, "lr": rate, "images_per_second": speed,
+                  "accuracy": accuracy, **measured}
+        self.log.write((json.dumps(record) + "\n").encode())
+        self.log.flush()
         left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
-        test = f"  test {record['test_accuracy']:.3f}" if "test_accuracy" in record else ""
-        self.progress.say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {record['loss']:.4f}  "
-                          f"accuracy {record['accuracy']:.3f}{test}  lr {record['lr']:.3g}  "
-                          f"{speed:.0f} images/s  {left} left")
+        test = f"  test {measured['test_accuracy']:.3f}" if measured else ""
+        say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {loss:.4f}  accuracy {accuracy:.3f}{test}  "
+            f"lr {rate:.3g}  {speed:.0f} images/s  {left} left")
         self.sums.zero_()
         self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:
@@ -1339,9 +1163,8 @@ class Run:
 
     def save(self):
         """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
-        refuse_if_not_finite(self)
+        self.sums = finite_sums(self) / world_size()  # the file must not depend on how many they are
         average_statistics(self.model)
-        self.sums = sum_over_ranks(self.sums) / world_size()  # the file must not depend on how many they are
         if rank() == 0:
             weights = self.model.state_dict()
             head = {name[3:]: value for name, value in weights.items() if name.startswith("fc.")}
@@ -1350,21 +1173,18 @@ class Run:
                              "sums": self.sums, "spent": self.spent, "backbone": backbone, "head": head,
                              "optimizer": self.optimizer.state_dict()}, self.path)
         if self.stopped:
-            self.progress.say(f"{self.path}: stopped by a signal after step {self.step} of "
-                              f"{self.total_steps} and saved; the same command resumes")
+            say(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; "
+                "the same command resumes")
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])  # as without us; it may be another rank's
 
 
-def refuse_if_not_finite(run):
-    """UserError on all ranks if a weight or a loss so far is not finite, with the first step it shows."""
-    finite = torch.stack([p.isfinite().all() for p in run.model.parameters()]).all()
-    bad_step = torch.where((run.bad_step < 0) & ~finite, run.step, run.bad_step)
-    if world_size() > 1:
-        dist.all_reduce(bad_step, dist.ReduceOp.MAX)
-    if bad_step >= 0:
-        raise UserError(f"{run.name}: after step {bad_step} of {run.total_steps} the loss or a weight "
-                        "is not finite; stopped, the last good checkpoint is kept; lower --lr or raise "
-                        "--warmup-epochs")
+def finite_sums(run):
+    """A run's `sums` over all ranks; UserError if they or a weight are not finite."""
+    sums = sum_over_ranks(run.sums.clone())
+    if not torch.stack([t.isfinite().all() for t in (sums, *run.model.parameters())]).all():
+        raise UserError(f"{run.name}: the loss or a weight is not finite by step {run.step}; stopped, the "
+                        "last good checkpoint is kept; lower --lr or raise --warmup-epochs")
+    return sums
 
 
 def checkpoint_of_run(path, settings):
@@ -1381,40 +1201,54 @@ def checkpoint_of_run(path, settings):
     return checkpoint
 
 
-def for_all_ranks(model, device):
-    """`model`, wrapped if several processes train it: then its backward pass averages gradients."""
-    if world_size() == 1:
-        model.no_sync = contextlib.nullcontext
-        return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    parallel = nn.parallel.DistributedDataParallel  # each rank keeps its own running statistics between saves
-    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # its name from torch 2.14 on
-    return parallel(model, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+def open_log(path):
+    """The log beside a checkpoint, a JSON line per epoch, of which rank 0 has the file.
+
+    Locked until closed, where the system can: a second run of the same network is a UserError.
+    """
+    if rank() > 0:
+        return io.BytesIO()
+    file = open(path, "a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path}: another process trains this network; wait, or give another --out") from None
+    except (OSError, AttributeError):  # a file system, or a system, without such locks
+        return file
+    for leftover in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
+    return file
 
 
-def average_statistics(model):
-    """Batch norm's running statistics averaged over the ranks: every rank and checkpoint has the same."""
-    if world_size() > 1:
-        buffers = [b for b in model.buffers() if b.is_floating_point()]
-        flat = sum_over_ranks(torch.cat([b.flatten() for b in buffers])) / world_size()
-        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers])):
-            buffer.copy_(mean.view_as(buffer))
+def drop_records(log, epoch):
+    """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
+    log.seek(0)
+    lines = [line for line in log if line.endswith(b"\n")]
+    log.truncate(0)
+    log.writelines(line for line in lines if json.loads(line).get("epoch", 0) <= epoch)
 
 
 @contextlib.contextmanager
 def open_run(args, method, seed, data, device):
     """A `Run`. While it is open no other process trains its network; signals and lack of memory end it."""
+    def restore(*caught):  # also the handler: a second signal ends the process as usual
+        run.signals += caught[:1]
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
     settings = rank0_first(lambda: run_settings(args, method, seed, data, device))
-    log = rank0_first(lambda: Log(args.out / f"{method}_seed{seed}.jsonl"))
-    run = Run(args, settings, data, device, log)
-    bf16 = " or --precision bf16" if settings["precision"] == "fp32" and has_bf16(device) else ""
-    advice = (f"--batch-size {args.batch_size} --micro-batch {settings['micro_batch']} --image-size "
-              f"{args.image_size} --precision {settings['precision']}: lower --micro-batch, or give "
-              f"--checkpoint-activations{bf16}, or use more processes")
-    with contextlib.closing(log.file), contextlib.closing(run.progress), caught_signals() as run.signals:
-        with out_of_memory_advice(advice):
+    run = Run(args, settings, len(data.train_images), device)
+    run.log = rank0_first(lambda: open_log(run.path.with_suffix(".jsonl")))
+    advice = (f"--micro-batch {settings['micro_batch']} --image-size {args.image_size}: lower the first, or "
+              "give --checkpoint-activations, or use more processes")
+    handlers = {number: signal.signal(number, restore) for number in (signal.SIGTERM, signal.SIGINT)}
+    with run.log, explained(advice):
+        try:
             yield run
+        finally:
+            restore()
+            say("", rewritten=True)  # clears what a failure leaves at a terminal
 
 
 # ============================================================================================================
