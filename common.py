@@ -1223,10 +1223,13 @@ def open_log(path):
 
 def drop_records(log, epoch):
     """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
+    kept = 0
     log.seek(0)
-    lines = [line for line in log if line.endswith(b"\n")]
-    log.truncate(0)
-    log.writelines(line for line in lines if json.loads(line).get("epoch", 0) <= epoch)
+    for line in log:
+        if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
+            break
+        kept += len(line)
+    log.truncate(kept)
 
 
 @contextlib.contextmanager
