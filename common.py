@@ -4,13 +4,11 @@
 2. Data: CIFAR-10, image folders, a synthetic set; all images uint8 on the device
 3. Augmentation on the device: every image with its own random parameters
 4. ResNet-50, its 32 representations, the projection head
-5. LARS and the learning-rate schedule
-6. InfoNCE
-7. Distributed helpers
-8. Checkpoints
-9. Training: what the scripts have around their loops
-10. Linear CKA (a block to copy into other projects)
-11. Figures: command line, sources, findings, drawing
+5. LARS, InfoNCE, several processes
+6. Checkpoints
+7. Training: what the scripts have around their loops
+8. Linear CKA (a block to copy into other projects)
+9. Figures: command line, sources, findings, drawing
 
 "The paper" is Grigg, Busbridge, Ramapuram and Webb 2021, arXiv 2110.00528; "SimCLR" is Chen et al. 2020,
 arXiv 2002.05709. Importing this file prints, seeds and downloads nothing.
@@ -607,9 +605,11 @@ def stream_representations(model, images, any_order=False):
 
 
 # ============================================================================================================
-# 5. LARS and the learning-rate schedule
+# 5. LARS, InfoNCE, several processes
 # ============================================================================================================
-# The optimizer of both training scripts, and the factor of its rate as a function of the step.
+# What a training step needs beside the network: the optimizer of both scripts and the factor of its rate;
+# SimCLR's loss, among the views of all processes; what these know of one another and do in step. Without
+# torchrun there is one process, rank 0 of 1.
 
 
 class LARS(torch.optim.Optimizer):
@@ -659,12 +659,6 @@ def warmup_cosine(step, total_steps, warmup_steps):
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ============================================================================================================
-# 6. InfoNCE
-# ============================================================================================================
-# SimCLR's loss, which train_simclr.py minimises, among the views of all processes.
-
-
 def info_nce_and_accuracy(z1, z2, temperature):
     """InfoNCE, Eq. (1), averaged over the 2N anchors, and the share of these whose partner is nearest.
 
@@ -682,13 +676,6 @@ def info_nce_and_accuracy(z1, z2, temperature):
         logits = logits.scatter(1, own[:, None], -math.inf)
         partner = (own + everyone) % (2 * everyone)
         return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
-
-
-# ============================================================================================================
-# 7. Distributed helpers
-# ============================================================================================================
-# What training and InfoNCE need to know of torchrun's processes, and how these work in step. Without
-# torchrun there is one process, rank 0 of 1, and nothing here does anything.
 
 
 def world_size():
@@ -757,7 +744,7 @@ def distributed(device_name):
 
 
 # ============================================================================================================
-# 8. Checkpoints
+# 6. Checkpoints
 # ============================================================================================================
 # The training scripts write and resume from their own files; the figures read those and other projects'. All
 # are read with weights_only: they can hold tensors, numbers, texts, lists and dicts, and nothing is run.
@@ -907,7 +894,7 @@ def first_names(names, most=5):
 
 
 # ============================================================================================================
-# 9. Training
+# 7. Training
 # ============================================================================================================
 # What the loops of both training scripts stand on: flags, the settings that a checkpoint keeps, batch norm
 # that does not count, several processes, and `Run`, which resumes, counts, prints and saves. A script gets
@@ -1255,7 +1242,7 @@ def open_run(args, method, seed, data, device):
 
 
 # ============================================================================================================
-# 10. Linear CKA
+# 8. Linear CKA
 # ============================================================================================================
 # For the figures, and for other projects: what stands between the two "----" lines works alone when pasted.
 # The order is: API, planner, features of the sources, tiles of Gram matrices, form for few features,
@@ -1807,7 +1794,7 @@ def _progress(total):
 
 
 # ============================================================================================================
-# 11. Figures
+# 9. Figures
 # ============================================================================================================
 # What the figure scripts share, in the order of use: command line, networks and images, measuring, claims and
 # their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2), `<key>_debiased`
