@@ -208,7 +208,8 @@ def load_data(path, device, download=False):
             wanted = download or os.path.abspath(folder) == os.path.abspath("data")
             fetch = wanted and set(found) <= {cifar.base_folder, cifar.filename}
             unpack = torchvision.datasets.utils.check_integrity(folder / cifar.filename, cifar.tgz_md5)
-            with explained(f"--data {path}: found {first_names(found) or 'nothing'}; {LAYOUT}", Exception):
+            there = f"found {first_names(found) or 'nothing'}" if folder.exists() else "no such folder"
+            with explained(f"--data {path}: {there}; {LAYOUT}", Exception):
                 sets = [cifar(folder, train=train, download=fetch or unpack) for train in (True, False)]
             images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in sets]
             labels = [torch.tensor(part.targets) for part in sets]
@@ -1416,7 +1417,7 @@ class _Features:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
         self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
         self.widths, self.held = [[] for _ in sources], [0] * len(sources)
-        first = [self.look(s) for s in range(len(sources))]
+        first = list(map(self.look, range(len(sources))))
         self.device = first[0][0].device
         wide = any(x.dtype == torch.float64 for layers in first for x in layers)
         self.dtype = torch.float64 if wide else torch.float32
@@ -1478,7 +1479,7 @@ class _Features:
             if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
                 raise ValueError(f"source {s} gives other features when asked again: is a network in "
                                  "training mode, are samples in another order, or do calls share memory "
-                                 f"(then clone what they return, in a list)? {SOURCE}")
+                                 f"(then return a list of clones, not a generator)? {SOURCE}")
             del turns
             kept = sum(layer().nbytes for layer in alive if layer() is not None)
             self.held[s] = max(self.held[s], kept // (few // 2))
@@ -1904,8 +1905,8 @@ def load_networks(args, method, device):
         found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(rf"{method}_seed\d+", path.stem)]
         paths = sorted(found, key=lambda path: (len(path.name), path.name))
     if not paths:
-        raise UserError(f"--{method}: neither files nor {method}_seed*.pt in --checkpoints ({folder}), which "
-                        f"train_{method}.py writes; networks of one side alone are for fig1_internal.py")
+        raise UserError(f"--{method}: neither files nor {method}_seed*.pt in --checkpoints {folder or ''}, "
+                        f"which train_{method}.py writes; networks of one side alone are for fig1_internal.py")
     own = {name: getattr(args, f"{method}_{name}") for name in FOREIGN}
     options = {name: getattr(args, name) if value is None else value for name, value in own.items()}
     given = [name.replace("_", "-") for name, value in options.items() if value is not None]

@@ -993,7 +993,7 @@ def offline():
 
 def test_data_refused():
     """Other layouts and pixels are refused by name; CIFAR-10 is fetched only where nothing else lies."""
-    table = {"missing": ([], "found nothing"), "file": ([], "Not a directory"),
+    table = {"missing": ([], "no such folder"), "file": ([], "Not a directory"),
              "capital": (["Train/ant/0.png", "Test/ant/0.png"], "found Test, Train"),
              "flat": (["0.png", "2.txt"], "found 0.png, 2.txt"), "data": (["ant/0.png"], "found ant"),
              "half": (["train/ant/0.png"], "found train"),
