@@ -1977,7 +1977,8 @@ def bench_cka(device, checkpoint=None, rows=ROWS):
 
         def cka(name):
             asked.clear()
-            found[name] = common.cka_matrix(sources, m, precision=name, memory=memory, batch=batch)
+            options = {"precision": name, "memory": memory, "batch": batch}
+            found[name], _ = quietly(common.cka_matrix, sources, m, **options)
             passes[name] = sum(asked) / (2 * m)
 
         sources = [functools.partial(features, network) for network in networks]
@@ -2007,17 +2008,21 @@ def bench_few_features(device, m=50_000, p=512):
           f"{two / usual:.2f}")
 
 
-def bench_training(device):
+def bench_training(device, images=1280, batch=128):
     """Time of a training step over the bare forward and backward of its network, and of LARS over SGD."""
+    def count_and_wait(run, loss, accuracy, count=common.Run.count):
+        count(run, loss, accuracy)
+        loss.item()
+
     for script, views in ((train_supervised, 1), (train_simclr, 2)):
         with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
-            flags = "--preset demo --seeds 0 --batch-size 128 --micro-batch 128 --subset 1280 --epochs 3"
-            argv = [script.__name__, *flags.split(), "--out", str(folder)]
-            with mock.patch.object(sys, "argv", argv):
+            flags = f"--preset demo --seeds 0 --subset {images} --batch-size {batch} --micro-batch {batch}"
+            argv = [script.__name__, *flags.split(), "--epochs", "3", "--out", str(folder)]
+            with mock.patch.object(sys, "argv", argv), mock.patch.object(common.Run, "count", count_and_wait):
                 script.main()
-            log = [json.loads(line) for line in next(folder.glob("*.jsonl")).read_text().splitlines()]
+            lines = next(folder.glob("*.jsonl")).read_text().splitlines()[1:]  # the first: settings
             model = common.load_model(next(folder.glob("*.pt")), device).train().requires_grad_(True)
-        inputs = torch.rand(128 * views, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+        inputs = torch.rand(batch * views, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
 
         def bare():
             with torch.autocast(device.type, torch.bfloat16, enabled=model.settings["precision"] == "bf16"):
@@ -2025,8 +2030,9 @@ def bench_training(device):
             out.float().square().mean().backward()
             model.zero_grad()
 
-        [bare_s], step_s = least_times(device, 10, bare), 128 / max(row["images_per_second"] for row in log)
-        print(f"{script.__name__}, 32 px, batch 128: forward and backward {bare_s:.2f} s, "
+        [bare_s] = least_times(device, 10, bare)
+        step_s = batch / max(json.loads(line)["images_per_second"] for line in lines)
+        print(f"{script.__name__}, 32 px, batch {batch}: forward and backward {bare_s:.2f} s, "
               f"step {step_s:.2f} s, ratio {step_s / bare_s:.2f}", flush=True)
     trained = list(model.parameters())
     for p in trained:
