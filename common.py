@@ -1342,7 +1342,6 @@ def cka_matrix(sources, m, debiased=False, **options):
     return found.debiased_cka if debiased else found.cka
 
 
-@torch.no_grad()
 def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominance=True):
     """`GramStatistics` of all layers of all `sources`, over samples 0 to m - 1, exact for any m.
 
@@ -1369,6 +1368,7 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
         raise ValueError(f"CKA needs at least 2 samples, got m = {m}")
     with contextlib.ExitStack() as surroundings:  # of the caller: they must not change the numbers
         surroundings.enter_context(torch.inference_mode(False))
+        surroundings.enter_context(torch.no_grad())  # after it: leaving inference mode turns gradients on
         for kind in ("cpu", "cuda", "mps"):
             with contextlib.suppress(RuntimeError):  # a torch whose autocast does not know this kind
                 surroundings.enter_context(torch.autocast(kind, enabled=False))
@@ -1467,11 +1467,11 @@ class _Features:
         few, alive = min(self.m, 4), []
         found = [(x, x.clone()) for x in self.ask(s, 0, few)]
         for i, (x, copy) in enumerate(found):
-            twins = [j for j, (y, other) in enumerate(found[:i]) if x.data_ptr() == y.data_ptr()
-                     and x.shape == y.shape and torch.equal(copy, other)]
+            twins = [j for j, (y, other) in enumerate(found[:i])
+                     if x.data_ptr() == y.data_ptr() and torch.equal(copy, other)]
             if twins:
                 warnings.warn(f"source {s}: layers {twins[0]} and {i} are the same memory: if a hook gave "
-                              "one before the network overwrote it, clone it in the hook", stacklevel=5)
+                              "one before the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
         self.held[s] = max(x[0].nbytes for _, x in found)  # at least: what a network is working on
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
@@ -1702,7 +1702,7 @@ def _statistics(features, few, hsic, diagonal, rows):
         names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=4)
+            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=3)
     top, norms = rows.topk(-(-m // 100), dim=1), hsic.diagonal(dim1=1, dim2=2).sqrt()
     cka = hsic / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
     debiased = unbiased / unbiased.diagonal().sqrt()[:, None] / unbiased.diagonal().sqrt()

@@ -490,6 +490,7 @@ def test_cka_surroundings():
         def __torch_function__(self, function, types, args=(), kwargs=None):
             if function.__name__ in ("mm", "bmm", "matmul") and args[0].dtype == torch.float32:
                 assert switches()[0] in (["ieee", "ieee"], "highest"), f"{function.__name__} in {switches()}"
+                assert not torch.is_grad_enabled(), "sources would keep graphs"
             return function(*args, **(kwargs or {}))
 
     def numbers():
