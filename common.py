@@ -1905,8 +1905,8 @@ def load_networks(args, method, device):
         found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(rf"{method}_seed\d+", path.stem)]
         paths = sorted(found, key=lambda path: (len(path.name), path.name))
     if not paths:
-        raise UserError(f"--{method}: neither files nor {method}_seed*.pt in --checkpoints {folder or ''}, "
-                        f"which train_{method}.py writes; networks of one side alone are for fig1_internal.py")
+        raise UserError(f"--{method}: no files, and no {method}_seed*.pt in --checkpoints {folder or ''}, "
+                        f"which train_{method}.py writes; one side alone is for fig1_internal.py")
     own = {name: getattr(args, f"{method}_{name}") for name in FOREIGN}
     options = {name: getattr(args, name) if value is None else value for name, value in own.items()}
     given = [name.replace("_", "-") for name, value in options.items() if value is not None]
