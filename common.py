@@ -79,6 +79,9 @@ def user_errors():
         code = stop.code
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # the reader of our output went away: nothing left to say
+        code = 1
+        sys.stderr.close()
     except (UserError, OSError) as error:  # a folder taken away, say: the machine's trouble, not the code's
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
     except Exception:
@@ -232,7 +235,9 @@ def _load_image_folder(folder):
     for part in parts:
         below = [file for file in _files_below(part, parts) if file.parent != part]
         class_of |= {file: file.relative_to(part).parts[0] for file in below}
-    classes = sorted(set(class_of.values()))
+    empty = {entry.name for part in parts for entry in part.iterdir() if entry.is_dir()
+             and not entry.is_symlink() and entry.name[0] != "." and entry.name != "__MACOSX"}
+    classes = sorted(empty | set(class_of.values()))
     files = [file for file in class_of if file.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
     n = sum(file.is_relative_to(parts[0]) for file in files)
     for part in (files[:n], files[n:]):
@@ -739,7 +744,8 @@ def distributed(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
+    with explained("cannot join torchrun's processes; if there are none, unset RANK", Exception):
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download first
     yield device
     dist.destroy_process_group()  # after success only: without a lost rank, kernels never finish
 
@@ -784,7 +790,10 @@ def read_checkpoint(path, device="cpu"):
 def is_checkpoint(content):
     """True for what the training scripts write, in this version or an earlier one."""
     parts = {"settings", "epoch", "step", "backbone", "head"}
-    return isinstance(content, dict) and parts <= content.keys() and "method" in content["settings"]
+    needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "strength", "blur"}
+    if not isinstance(content, dict) or not parts <= content.keys():
+        return False
+    return isinstance(content["settings"], dict) and needed <= content["settings"].keys()
 
 
 def load_weights(model, checkpoint, path, assign=False):
@@ -1086,8 +1095,9 @@ class Run:
         checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
         if checkpoint:
             load_weights(model, checkpoint, self.path)
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
+            with explained(f"{self.path}: its optimizer state is damaged", LookupError, ValueError):
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
         if self.epoch >= self.epochs:
@@ -1213,10 +1223,11 @@ def drop_records(log, epoch):
     """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
     kept = 0
     log.seek(0)
-    for line in log:
-        if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
-            break
-        kept += len(line)
+    with contextlib.suppress(ValueError):  # what is no JSON was cut short by a kill
+        for line in log:
+            if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
+                break
+            kept += len(line)
     log.truncate(kept)
 
 
@@ -1887,6 +1898,8 @@ def open_study(args, methods):
         if not args.data:
             raise UserError(f"{text}. Give the right folder with --data, or --data {path} if you mean these")
         warn(f"{text}. The title says so")
+    if (args.samples or 0) > len(data.test_images):
+        raise UserError(f"--samples {args.samples}: the test set has {len(data.test_images)} images")
     order = torch.randperm(len(data.test_images), generator=torch.Generator().manual_seed(0))
     chosen = order[:args.samples].sort().values.to(device)
     data = data._replace(test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
@@ -1914,6 +1927,9 @@ def load_networks(args, method, device):
     for path in paths:
         model = load_model(path, device, method, **options)
         s = model.settings
+        for other in models if not args.untrained else ():  # a copy would pass for another seed
+            if all(map(torch.equal, model.parameters(), other.parameters())):
+                raise UserError(f"{path}: the same network as {other.name}; give each once")
         if given and "preset" in s:
             raise UserError(f"--{given[0]} is for state dicts, and {path} knows its own; for the other side "
                             f"alone there are --simclr-{given[0]} and --supervised-{given[0]}")

@@ -982,6 +982,7 @@ def test_data_refused():
              "archive": (["cifar-10-python.tar.gz"], "corrupted"),
              "classes": (["train/ant/0.png", "train/bee/0.png", "test/ant/0.png"], "none of bee"),
              "none": (["train/0.png", "test/0.png"], "none of any"),
+             "vanished": (["train/ant/0.png", "test/ant/0.png", "train/bee/.0.png"], "none of bee"),
              "empty": (["train/ant/0.png", "train/bee/0.txt", "test/ant/0.png", "test/bee/0.txt"], "of bee"),
              "damaged": (["train/ant/0.png", "test/ant/text.png"], "text.png: cannot identify"),
              "size": (["train/ant/0.png", "test/ant/wide.png"], "wide.png: height and width (8, 9)"),
@@ -1692,6 +1693,8 @@ def test_figures_refused():
                 ("fig2_cross.py", ["--checkpoints", folder], ["train_simclr.py"]),
                 ("fig2_cross.py", ["--simclr", ours, theirs], ["--supervised", "fig1_internal.py"]),
                 ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised"]),
+                ("fig1_internal.py", ["--simclr", ours, ours], ["the same network"]),
+                ("fig1_internal.py", ["--simclr", ours, "--samples", 999], ["--samples 999", "test set"]),
                 ("fig1_internal.py", ["--simclr", ours, "--image-size", 16], ["--image-size", str(ours)]),
                 ("fig1_internal.py", ["--simclr", ours, "--simclr-mean", 0, 0, 0], ["--mean", "state dict"]),
                 ("fig1_internal.py", ["--simclr", moved], ["other images", str(other), "--data", "mean"])):
