@@ -1622,8 +1622,6 @@ def _fill(parts, features, own, others, memory, diagonal, progress):
                 parts[0][2][index].index_copy_(1, columns, _product(x, y, features))
             progress(len(x) + sum(samples.stop - samples.start for samples, _ in calls))
             index += 1
-        for _, call in calls:
-            next(call, None)  # more layers than before are an error
 
 
 def _product(x, y, features, out=None):

@@ -1606,7 +1606,7 @@ def test_figures_values():
         layers += common.representations(model, x).values()
     layers.append(torch.eye(4).repeat_interleave(6, 0))
     cka = {"": literal_cka(layers), "_debiased": literal_cka(layers, unbiased=True),
-           "_left_out": common.gram_statistics([source(layers)], 24, precision="float32").left_out}
+           "_left_out": literal_left_out(layers)}
     for ending, every in cka.items():
         a, b, c, d = (slice(start, start + 32) for start in (0, 35, 70, 102))
         cross = torch.stack([every[..., rows, columns] for rows in (a, b) for columns in (c, d)], -3)
