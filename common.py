@@ -1120,7 +1120,8 @@ class Run:
         generators = [generator_for("cpu", "order", self.settings["seed"], epoch)
                       for epoch in range(first // self.n, last // self.n + 1)]
         stream = torch.cat([torch.randperm(self.n, generator=generator) for generator in generators])
-        return self.subset[stream[first % self.n:][:self.batch_size][self.rows]].to(self.device)
+        chosen = self.subset[stream[first % self.n:][:self.batch_size][self.rows]]
+        return chosen.to(self.device, non_blocking=True)
 
     def steps(self):
         """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
@@ -1902,8 +1903,11 @@ def open_study(args, methods):
     chosen = order[:args.samples].sort().values.to(device)
     data = data._replace(test_images=data.test_images[chosen], test_labels=data.test_labels[chosen])
     about = {f"label_{method}": side_label(args, method) for method in methods}
-    about |= {"samples": len(chosen), "data": path, "other_images": bool(differ), "untrained": args.untrained,
-              "settings": json.dumps(settings)}
+    # A figure's file may go to others: it has the folders' names, not where they lie.
+    settings = {method: [s | {"data": s["data"] and Path(s["data"]).name} for s in side]
+                for method, side in settings.items()}
+    about |= {"samples": len(chosen), "data": Path(path).name, "other_images": bool(differ),
+              "untrained": args.untrained, "settings": json.dumps(settings)}
     return networks, data, {key: np.array(value) for key, value in about.items()}
 
 
