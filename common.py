@@ -971,7 +971,10 @@ def run_settings(args, method, seed, data, device):
     n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
     views = 2 if method == "simclr" else 1
     fewest = views * min(local, micro_batch, local % micro_batch or micro_batch)
+    precision = args.precision or ("bf16" if has_bf16(device) else "fp32")
     no_bf16 = args.precision == "bf16" and device.type == "cuda" and not has_bf16(device)
+    # Seen with torch 2.14.1: gradients of BG4's first 3x3 product, with stride 2 on one pixel, are not set.
+    one_pixel = (precision, args.stem, device.type) == ("bf16", "imagenet", "cpu") and args.image_size < 17
     for wrong, what in (
             (not batch_size <= n <= total, f"--batch-size {batch_size}, --subset {n}: the batch must be at "
              f"most the subset, the subset at most the {total} training images"),
@@ -980,16 +983,17 @@ def run_settings(args, method, seed, data, device):
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
             (args.compile and (processes > 1 or args.checkpoint_activations),
              "--compile: works neither with several processes nor with --checkpoint-activations"),
+            (one_pixel, f"--image-size {args.image_size}: on CPUs in bf16, gradients are wrong below 17 pixels "
+             "with the 7x7 stem; give 17 or more, or --precision fp32"),
             (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
         if wrong:
             raise UserError(what)
     settings = {name: getattr(args, name, None) for name in SETTINGS} | {"method": method, "seed": seed}
     if args.data != "synthetic":
         settings["data"] = str(Path(args.data).expanduser().absolute())
-    settings["precision"] = args.precision or ("bf16" if has_bf16(device) else "fp32")
     mean, std = channel_statistics(data.train_images)
-    return settings | {"micro_batch": micro_batch, "train_images": n, "classes": list(data.classes),
-                       "mean": list(mean), "std": list(std)}
+    return settings | {"precision": precision, "micro_batch": micro_batch, "train_images": n,
+                       "classes": list(data.classes), "mean": list(mean), "std": list(std)}
 
 
 @contextlib.contextmanager

@@ -709,7 +709,8 @@ def test_representations_refuses():
         hooked.register_forward_pre_hook(lambda module, inputs: None)
         bent = [kind(block, [3, 4, 6, 3]) for kind, block in (
             (Padded, models.resnet.Bottleneck), (models.ResNet, Unrectified))]
-        for network in (*bent, patched, hooked, nn.DataParallel(models.resnet50()), models.resnet101()):
+        averaged = torch.optim.swa_utils.AveragedModel(models.resnet50())
+        for network in (*bent, patched, hooked, averaged, models.resnet101()):
             with raises(TypeError, "ResNet-50"):
                 common.representations(network, torch.rand(1, 3, 32, 32))
 
@@ -989,8 +990,9 @@ def test_data_refused():
              "short": (["train/ant/0.png", "test/ant/<u2.tif"], "<u2.tif: more than 8 bits"),
              "float": (["train/ant/0.png", "test/ant/<f4.tif"], "mode F)")}
     picture = torchvision.datasets.folder.Image  # Pillow, which torchvision needs
-    with temporary_folder() as folder, offline() as fetch, \
-            mock.patch.object(os, "getcwd", return_value=str(folder)):
+    with temporary_folder() as folder, offline() as fetch, contextlib.ExitStack() as afterwards:
+        afterwards.callback(os.chdir, os.getcwd())
+        os.chdir(folder)  # where no data/ of the user's lies
         (folder / "file").write_text("x")
         for name, (files, word) in table.items():
             for path in (folder / name / file for file in files):
@@ -1440,7 +1442,7 @@ def test_scripts_again():
 
 def test_scripts_refused():
     """Impossible flags, an infinite loss, too little memory: one line, exit code 2, nothing written."""
-    for preset, epochs in (("paper", 1300), ("small", 12)):
+    for preset, epochs in (("paper", 1300), ("small", 20)):
         code, out, _ = run_script("train_simclr.py", "--help", f"--preset={preset}")
         assert code == 0 and f"(default: {epochs})" in " ".join(out.split()) and "size and memory" in out
     args = common.training_arguments("", train_simclr.PRESETS, ["--epochs=1", "--checkpoint-activations"])
@@ -1448,6 +1450,7 @@ def test_scripts_refused():
     with temporary_folder() as folder, offline():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
+        assert_refused("train_simclr.py", *flags_for("simclr", out, "--precision", "bf16"), words=["below 17"])
         both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
                 "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
                 "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),

@@ -2,7 +2,7 @@
 
     python train_simclr.py                        # the paper: 224 px, 1300 epochs x 4096 images, seeds 0 1 2
     python train_simclr.py --preset cifar         # SimCLR App. B.9: 32 px, 3x3 stem
-    python train_simclr.py --preset small         # 32 px, 12 epochs x 256: an afternoon on two CPU cores
+    python train_simclr.py --preset small         # 64 px, 20 epochs x 512: minutes on a GPU
     python train_simclr.py --preset demo          # synthetic images, minutes on two CPU cores
     torchrun --nproc-per-node 8 train_simclr.py   # the same batch, shared by 8 GPUs
 
@@ -25,8 +25,8 @@ PRESETS = {
     "paper": PAPER,
     "cifar": PAPER | dict(micro_batch=1024, image_size=32, stem="cifar", lr=1.0, temperature=0.5,
                           strength=0.5, blur=False),
-    "small": PAPER | dict(seeds=[0, 1], epochs=12, batch_size=256, micro_batch=256, image_size=32, lr=2.0,
-                          warmup_epochs=1, temperature=0.5, strength=0.5, blur=False, checkpoint_every=1),
+    "small": PAPER | dict(seeds=[0, 1], epochs=20, batch_size=512, image_size=64, lr=1.5, warmup_epochs=3,
+                          temperature=0.5, strength=0.5, blur=False, checkpoint_every=5),
     "demo": PAPER | dict(data="synthetic", seeds=[0, 1], epochs=3, batch_size=64, micro_batch=64,
                          image_size=32, lr=6.0, warmup_epochs=0.5, temperature=0.5, strength=0.5, blur=False,
                          subset=512, checkpoint_every=1),
