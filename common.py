@@ -34,7 +34,6 @@ import time
 import traceback
 import warnings
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -247,14 +246,13 @@ def _load_image_folder(folder):
                             f"{first_names(sorted(missing)) or 'any'}; {LAYOUT}")
     labels = torch.tensor([classes.index(class_of[file]) for file in files])
     images = torch.empty(len(files), *_decode(files[0]).shape, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(_decode, files)):
-            if image.shape != images.shape[1:]:
-                raise UserError(f"{files[i]}: height and width {tuple(image.shape[1:])}, others "
-                                f"{tuple(images.shape[2:])}; all must have the same size")
-            images[i] = image
-            if sys.stderr.isatty() and i % 500 == 0:
-                print(f"reading image {i:,} of {len(files):,}", end="\r", file=sys.stderr)
+    for i, image in enumerate(map(_decode, files)):  # one by one: Pillow's threads only wait for each other
+        if image.shape != images.shape[1:]:
+            raise UserError(f"{files[i]}: height and width {tuple(image.shape[1:])}, others "
+                            f"{tuple(images.shape[2:])}; all must have the same size")
+        images[i] = image
+        if sys.stderr.isatty() and i % 500 == 0:
+            print(f"reading image {i:,} of {len(files):,}", end="\r", file=sys.stderr)
     return images[:n], labels[:n], images[n:], labels[n:], classes
 
 
