@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import pickle
@@ -36,6 +37,7 @@ import types
 import urllib.error
 import warnings
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -1898,8 +1900,22 @@ def bench_augmentation(size=32, n=512):
     print(f"augmentation, {size} px: {n / ours:.0f} images/s, {usual / ours:.1f} times torchvision's")
 
 
+def run_checks(names):
+    """Runs checks, prints a line for each and returns how many failed."""
+    failed = 0
+    for name in names:
+        started, outcome = time.perf_counter(), "ok"
+        try:
+            globals()[f"test_{name}"]()
+        except Exception:
+            failed, outcome = failed + 1, "FAILED"
+            traceback.print_exc()
+        print(f"{name:34s} {time.perf_counter() - started:6.1f} s  {outcome}", flush=True)
+    return failed
+
+
 def main():
-    """Runs the checks named on the command line, or all; exit code 1 if one fails."""
+    """Runs the checks named on the command line, or all, in two processes; exit code 1 if one fails."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("names", nargs="*", help="run only checks whose name contains one of these words")
@@ -1908,18 +1924,13 @@ def main():
     args = parser.parse_args()
     if args.bench is not None:
         return bench(args.bench)
-    checks = {name[5:]: check for name, check in globals().items() if name.startswith("test_")}
-    chosen = {n: c for n, c in checks.items() if not args.names or any(word in n for word in args.names)}
+    names = [name[5:] for name in globals() if name.startswith("test_")]
+    chosen = [name for name in names if not args.names or any(word in name for word in args.names)]
     print(f"seed {SEED}, devices {', '.join(map(str, DEVICES))}", flush=True)
-    failed = 0
-    for name, check in chosen.items():
-        started, outcome = time.perf_counter(), "ok"
-        try:
-            check()
-        except Exception:
-            failed, outcome = failed + 1, "FAILED"
-            traceback.print_exc()
-        print(f"{name:34s} {time.perf_counter() - started:6.1f} s  {outcome}", flush=True)
+    os.environ["TEST_SEED"] = str(SEED)  # for both processes
+    scripts = [name for name in chosen if name.startswith(("scripts", "checkpoint", "figures"))]  # share files
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        failed = sum(pool.map(run_checks, (scripts, [name for name in chosen if name not in scripts])))
     print(f"{len(chosen) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 
