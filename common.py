@@ -1099,6 +1099,9 @@ class Run:
             load_weights(model, checkpoint, self.path)
             with explained(f"{self.path}: its optimizer state is damaged", LookupError, ValueError):
                 optimizer.load_state_dict(checkpoint["optimizer"])
+                for p in optimizer.param_groups[0]["params"] if checkpoint["step"] else ():
+                    if optimizer.state[p]["momentum_buffer"].shape != p.shape:
+                        raise ValueError("a momentum has another shape than its weight")
                 self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
@@ -2034,8 +2037,9 @@ def judge(claims, arrays):
             ten = torch.tensor([some[claim][quantity][0].mean() for some in tenths], dtype=torch.float64)
             error = jackknife(ten).item()
             known = "" if math.isnan(error) else f" [{error:.2g}]"
-            texts.append(f"{quantity} {values.mean():.3f} +- {values.std():.3f}{known}")
-            means.append(f"{values.mean():.3f}")
+            spread = f" +- {values.std():.2g}" if len(values) > 1 else ""
+            texts.append(f"{quantity} {values.mean():.3g}{spread}{known}")
+            means.append(f"{values.mean():.3g}")
             margin, few = np.minimum(values - low, high - values), len(values) < 3
             if not np.isinf(margin).all():  # one without bounds is only reported
                 doubt = 2 * np.nan_to_num(error) if few else margin.std()
