@@ -840,11 +840,6 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
     return model.to(device)
 
 
-def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=None):
-    """`load_model` with its most used arguments, in another order."""
-    return load_model(path, device, method, image_size, mean, std)
-
-
 def find_backbone(content, path, prefix=None):
     """({torchvision's name: tensor}, prefix, names left out) of the one ResNet-50 in what a file holds.
 
@@ -981,7 +976,7 @@ def run_settings(args, method, seed, data, device):
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
             (args.compile and (processes > 1 or args.checkpoint_activations),
              "--compile: works neither with several processes nor with --checkpoint-activations"),
-            (one_pixel, f"--image-size {args.image_size}: on CPUs in bf16, gradients are wrong below 17 pixels "
+            (one_pixel, f"--image-size {args.image_size}: on CPUs in bf16 gradients are wrong below 17 pixels, "
              "with the 7x7 stem; give 17 or more, or --precision fp32"),
             (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
         if wrong:

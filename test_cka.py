@@ -1365,7 +1365,7 @@ def test_checkpoint_other_projects():
         torch.save(plain | {"net.bn1.bias": torch.full((64,), math.nan)}, folder / "net.pt")
         with raises(common.UserError, "net.pt", "NaN", "bn1.bias"):
             common.load_model(folder / "net.pt")
-    own = common.load_any_model(tiny_checkpoints() / "simclr_seed0.pt", "supervised").settings
+    own = common.load_model(tiny_checkpoints() / "simclr_seed0.pt", method="supervised").settings
     assert own["method"] == "simclr" and "note" not in own
 
 
@@ -1456,7 +1456,8 @@ def test_scripts_refused():
     with temporary_folder() as folder, offline():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
-        assert_refused("train_simclr.py", *flags_for("simclr", out, "--precision", "bf16"), words=["below 17"])
+        small = flags_for("simclr", out, "--precision", "bf16")
+        assert_refused("train_simclr.py", *small, words=["--image-size 16", "below 17"])
         both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
                 "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
                 "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),
@@ -1932,9 +1933,9 @@ def main():
     chosen = [name for name in names if not args.names or any(word in name for word in args.names)]
     print(f"seed {SEED}, devices {', '.join(map(str, DEVICES))}", flush=True)
     os.environ["TEST_SEED"] = str(SEED)  # for both processes
-    scripts = [name for name in chosen if name.startswith(("scripts", "checkpoint", "figures"))]  # share files
+    scripts = [n for n in chosen if n.startswith(("scripts", "checkpoint", "figures"))]  # they share files
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        failed = sum(pool.map(run_checks, (scripts, [name for name in chosen if name not in scripts])))
+        failed = sum(pool.map(run_checks, (scripts, [n for n in chosen if n not in scripts])))
     print(f"{len(chosen) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
 
