@@ -976,7 +976,7 @@ def run_settings(args, method, seed, data, device):
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
             (args.compile and (processes > 1 or args.checkpoint_activations),
              "--compile: works neither with several processes nor with --checkpoint-activations"),
-            (one_pixel, f"--image-size {args.image_size}: on CPUs in bf16 gradients are wrong below 17 pixels, "
+            (one_pixel, f"--image-size {args.image_size}: on CPUs in bf16 gradients are wrong below 17 px, "
              "with the 7x7 stem; give 17 or more, or --precision fp32"),
             (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
         if wrong:

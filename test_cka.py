@@ -1457,7 +1457,7 @@ def test_scripts_refused():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
         small = flags_for("simclr", out, "--precision", "bf16")
-        assert_refused("train_simclr.py", *small, words=["--image-size 16", "below 17"])
+        assert_refused("train_simclr.py", *small, words=["--image-size 16", "below 17 px"])
         both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
                 "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
                 "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),
