@@ -1301,7 +1301,7 @@ import torch
 
 SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
           "a tensor of stop - start rows per layer, for any start and stop, and the same every time")
-BAND, STRIP = 512, 64  # rows multiplied at a time: with what is right of the band, and within it
+LEAST = 64  # samples of the smallest squares on the diagonal of a Gram matrix, multiplied whole
 ROWS = 2048  # samples that are added up in float32 at most
 
 
@@ -1410,7 +1410,7 @@ def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4
         always = 2 * itemsize * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
         if blocks == 1:  # a triangle; one layer, and once more if it is rounded; what its calls keep
             short = product_itemsize if product_itemsize < itemsize else 0
-            triangle = layers * rows * (rows + STRIP) // 2
+            triangle = layers * rows * (rows + LEAST) // 2
             return always + itemsize * triangle + rows * (largest * (itemsize + short) + held)
         return always + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
@@ -1571,7 +1571,7 @@ def _by_tiles(features, blocks):
     sums = torch.zeros(10, 10, count, count, dtype=_wide(device), device=device)  # by the tenths of i and j
     diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
     # all memory is used again and again: new memory is slow at first
-    entries = size ** 2 if blocks > 1 else size * (size + STRIP) // 2
+    entries = size ** 2 if blocks > 1 else size * (size + LEAST) // 2
     tile = torch.empty(count * entries, dtype=dtype, device=device)
     memory = torch.empty(size * max(map(max, features.widths)), device=device,
                          dtype=features.product_dtype if blocks > 1 else dtype)
@@ -1591,14 +1591,18 @@ def _by_tiles(features, blocks):
 
 def _parts(own, others, count, memory):
     """[(rows, columns, values (L, height, width))] of a tile: all of it, or on the diagonal where i <= j."""
-    rectangles = [] if own == others else [(slice(*own), slice(*others))]
-    for top in range(*own, BAND) if own == others else ():
-        end = min(top + BAND, own[1])
-        rectangles += [(slice(a, min(a + STRIP, end)), slice(a, end)) for a in range(top, end, STRIP)]
-        rectangles += [(slice(top, end), slice(end, own[1]))] if end < own[1] else []
+    rectangles = _halves(*own) if own == others else [(slice(*own), slice(*others))]
     shapes = [(count, rows.stop - rows.start, columns.stop - columns.start) for rows, columns in rectangles]
     pieces = memory[:sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
     return [(*slices, piece.view(shape)) for slices, piece, shape in zip(rectangles, pieces, shapes)]
+
+
+def _halves(start, stop):
+    """What covers the upper triangle of a square: its upper right quarter, then the other halves' own."""
+    if stop - start <= LEAST:
+        return [(slice(start, stop), slice(start, stop))]
+    middle = start + -(-(stop - start) // (2 * LEAST)) * LEAST
+    return [(slice(start, middle), slice(middle, stop)), *_halves(start, middle), *_halves(middle, stop)]
 
 
 def _fill(parts, features, own, others, memory, diagonal, progress):
