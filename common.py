@@ -1611,30 +1611,31 @@ def _fill(parts, features, own, others, memory, diagonal, progress):
         shape = own[1] - own[0], len(layer.first)
         return memory[:math.prod(shape)].view(shape)
 
-    index, first = 0, own[0]
+    index, first, tf32 = 0, own[0], features.precision == "tf32"
     for s in range(len(features.sources)):
         calls = features.calls(s, *others) if own != others else []
         for layer, x in features.layers(s, *own, place_of):
-            for rows, columns, values in parts if own == others else ():
-                left, right = (x[some.start - first:some.stop - first] for some in (rows, columns))
-                gram = _product(left, right, features, values[index])
-                if rows.start == columns.start:
-                    diagonal[index, rows] = gram.diagonal()
-                    gram.triu_(1)
+            with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
+                for rows, columns, values in parts if own == others else ():
+                    left, right = (x[some.start - first:some.stop - first] for some in (rows, columns))
+                    gram = _product(left, right, features, values[index])
+                    if rows.start == columns.start:
+                        diagonal[index, rows] = gram.diagonal()
+                        gram.triu_(1)
             for samples, call in calls:
                 y = layer.centred(next(call)).to(x.dtype)
                 columns = features.place[samples] - others[0]
-                parts[0][2][index].index_copy_(1, columns, _product(x, y, features))
+                with _float32_products(tf32):
+                    parts[0][2][index].index_copy_(1, columns, _product(x, y, features))
             progress(len(x) + sum(samples.stop - samples.start for samples, _ in calls))
             index += 1
 
 
 def _product(x, y, features, out=None):
-    """x @ y.T in the precision asked for, as float32 (float64 for float64 features), perhaps into `out`."""
-    with _float32_products(tf32=features.precision == "tf32"):
-        if x.dtype == features.dtype:
-            return torch.mm(x, y.mT, out=out)
-        product = x @ y.mT if x.device.type == "cpu" else torch.mm(x, y.mT, out_dtype=features.dtype)
+    """x @ y.T of what products are made of, as float32 (float64 for float64 features), perhaps into `out`."""
+    if x.dtype == features.dtype:
+        return torch.mm(x, y.mT, out=out)
+    product = x @ y.mT if x.device.type == "cpu" else torch.mm(x, y.mT, out_dtype=features.dtype)
     return product.to(features.dtype) if out is None else out.copy_(product)
 
 
