@@ -1636,6 +1636,8 @@ def test_figures_values():
         for name, values in want.items():
             figure, key = name.split()
             assert_close(figures[figure][key + ending], values, 1e-4, name + ending)
+            where = figures[figure]["data"], figures[figure]["settings"]
+            assert str(tiny_data().parent) not in str(where), f"{figure} tells where its data lies"
     assert figures["fig2"]["argmax"].tolist() == figures["fig2"]["even"].argmax(1).tolist()
 
 
@@ -1738,12 +1740,14 @@ def test_figures_verdicts():
     for values, error, verdict in (
             ([0.3, 0.2], nan, "holds"), ([0.3, -0.1], nan, "undecided"), ([-0.3, -0.1], nan, "does not hold"),
             ([0.3, 0.2], 0.12, "holds"), ([0.3, 0.2], 0.13, "undecided"), ([-0.3, -0.2], 0.13, "undecided"),
-            ([0.5, 0.1, 0.4], 9, "holds"), ([0.5, -0.2, 0.1], nan, "undecided"), ([nan, 1], 0, "undecided")):
+            ([0.5, 0.1, 0.4], 9, "holds"), ([0.5, -0.2, 0.1], nan, "undecided"), ([nan, 1], 0, "undecided"),
+            ([0.3], 0.14, "holds"), ([0.3], 0.16, "undecided")):
         x = np.array(values)
         judged = common.judge(claims, {"x": x, "x_left_out": x + signs * error / 3})  # so: `error`
         assert [found for found, *_ in judged.values()] == [verdict, verdict, "does not hold"], judged
         known = f" [{error:.2g}]" if math.isfinite(error + x.sum()) else ""
-        assert f"x {x.mean():.3g} +- {x.std():.2g}{known}, " in judged["1a"][1], judged
+        spread = f" +- {x.std():.2g}" if len(x) > 1 else ""
+        assert f"x {x.mean():.3g}{spread}{known}, " in judged["1a"][1], judged
     ranks = fig5.rank_correlation(np.array([[1.0, 2, 9, 4], [4.0, 3, 2, 1], [1.0, nan, 3, 4]]))
     assert np.allclose(ranks, [0.8, -1, nan], equal_nan=True), ranks
 
