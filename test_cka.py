@@ -1698,6 +1698,7 @@ def test_figures_refused():
     ours, theirs = (tiny_checkpoints() / f"{method}_seed0.pt" for method in METHODS)
     with temporary_folder() as folder, mock.patch.object(common, "PAPER", tiny_checkpoints()):
         other, moved = write_images(folder / "other", rng(), train=6, test=6), folder / "moved.pt"
+        write_png(torch.zeros(3, 16, 16).byte(), str(other / "train/ant/0.png"))  # another mean, by far
         content = torch.load(ours, weights_only=True)
         content["settings"]["data"] = str(other)
         torch.save(content, moved)
