@@ -943,7 +943,7 @@ def training_arguments(doc, presets, argv=None):
     add("--checkpoint-every", "epochs between checkpoints", type=count)
     add("--device", "cpu, cuda, cuda:N or mps; without it cuda, else mps, else cpu")
     add("--precision", "of products; without it bf16 where hardware has it", choices=("fp32", "bf16"))
-    add("--compile", "torch.compile network and colour augmentation; not yet tried on GPUs", action="store_true")
+    add("--compile", "torch.compile network and colour augmentation; not tried on a GPU", action="store_true")
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in argv}
     if args.warmup_epochs > args.epochs and "--warmup-epochs" not in given:
