@@ -2094,7 +2094,7 @@ def report(args, name, claims, plot, arrays):
         print("networks of the demo or synthetic images: the verdicts mean nothing")
     if arrays["samples"] < 500 and not args.debiased:
         key = next(iter(debiased))
-        warn(f"{arrays['samples']} images are few: biased CKA nears 1 whatever the networks, here "
+        warn(f"{arrays['samples']} images are few, which raises biased CKA whatever the networks: here it is "
              f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
              "more images")
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
