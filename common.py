@@ -1121,7 +1121,7 @@ class Run:
                       for epoch in range(first // self.n, last // self.n + 1)]
         stream = torch.cat([torch.randperm(self.n, generator=generator) for generator in generators])
         chosen = self.subset[stream[first % self.n:][:self.batch_size][self.rows]]
-        return chosen.to(self.device, non_blocking=True)
+        return chosen.to(self.device, non_blocking=self.device.type == "cuda")  # which copies it first
 
     def steps(self):
         """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
