@@ -942,7 +942,8 @@ def training_arguments(doc, presets, argv=None):
     add("--out", "folder for checkpoints and logs")
     add("--checkpoint-every", "epochs between checkpoints", type=count)
     add("--device", "cpu, cuda, cuda:N or mps; without it cuda, else mps, else cpu")
-    add("--precision", "of products; without it bf16 where hardware has it", choices=("fp32", "bf16"))
+    add("--precision", "of products; without it bfloat16 where hardware has it",
+        choices=("float32", "bfloat16"))
     add("--compile", "torch.compile network and colour augmentation; not tried on a GPU", action="store_true")
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in argv}
@@ -964,10 +965,10 @@ def run_settings(args, method, seed, data, device):
     n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
     views = 2 if method == "simclr" else 1
     fewest = views * min(local, micro_batch, local % micro_batch or micro_batch)
-    precision = args.precision or ("bf16" if has_bf16(device) else "fp32")
-    no_bf16 = args.precision == "bf16" and device.type == "cuda" and not has_bf16(device)
+    precision = args.precision or ("bfloat16" if has_bf16(device) else "float32")
+    no_bf16 = args.precision == "bfloat16" and device.type == "cuda" and not has_bf16(device)
     # Seen with torch 2.14.1: gradients of BG4's first 3x3 product, with stride 2 on one pixel, are not set.
-    one_pixel = (precision, args.stem, device.type) == ("bf16", "imagenet", "cpu") and args.image_size < 17
+    one_pixel = (precision, args.stem, device.type) == ("bfloat16", "imagenet", "cpu")
     for wrong, what in (
             (not batch_size <= n <= total, f"--batch-size {batch_size}, --subset {n}: the batch must be at "
              f"most the subset, the subset at most the {total} training images"),
@@ -976,9 +977,9 @@ def run_settings(args, method, seed, data, device):
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
             (args.compile and (processes > 1 or args.checkpoint_activations),
              "--compile: works neither with several processes nor with --checkpoint-activations"),
-            (one_pixel, f"--image-size {args.image_size}: on CPUs in bf16 gradients are wrong below 17 px, "
-             "with the 7x7 stem; give 17 or more, or --precision fp32"),
-            (no_bf16, f"--precision bf16: {device} has none (compute capability below 8.0); give fp32")):
+            (one_pixel and args.image_size < 17, f"--image-size {args.image_size}: on CPUs in bfloat16 "
+             "gradients are wrong below 17 px, with the 7x7 stem; give 17 or more, or --precision float32"),
+            (no_bf16, f"--precision bfloat16: {device} has none (capability below 8.0); give float32")):
         if wrong:
             raise UserError(what)
     settings = {name: getattr(args, name, None) for name in SETTINGS} | {"method": method, "seed": seed}
@@ -1191,7 +1192,8 @@ def checkpoint_of_run(path, settings):
     if not path.exists():
         return None
     checkpoint = read_checkpoint(path, "cpu")
-    saved = checkpoint["settings"]
+    saved, renamed = checkpoint["settings"], {"fp32": "float32", "bf16": "bfloat16"}
+    saved = {key: renamed.get(value, value) if key == "precision" else value for key, value in saved.items()}
     relevant = settings.keys() & saved.keys() - {"preset", "data"}  # names; the data itself shows in its mean
     differ = [f"{k} {saved[k]} -> {settings[k]}" for k in sorted(relevant) if saved[k] != settings[k]]
     if differ:

@@ -65,7 +65,8 @@ def plot(method, arrays):
     kind = "untrained " if arrays["untrained"] else ""
     figure, axes = new_figure(arrays, f"CKA between layers of {kind}{label} networks: {what}", panels=3)
     titles = [f"{label}, {layers} layers" for layers in ("all", "odd", "even")]
-    cka_heatmaps(axes, [mean, mean[ODD, ODD], mean[EVEN, EVEN]], titles, f"{label} layer", f"{label} layer",
+    down, across = networks if len(networks) == 2 else (label, label)  # one pair: which is which
+    cka_heatmaps(axes, [mean, mean[ODD, ODD], mean[EVEN, EVEN]], titles, f"{across} layer", f"{down} layer",
                  arrays["debiased"])
     return figure
 

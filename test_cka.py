@@ -548,7 +548,7 @@ def test_cka_noise():
 def test_cka_standard_error():
     """The jackknife's error is the spread of CKA over fresh data sets, also for samples sorted by class."""
     g, m = rng(), 200
-    fixed = torch.Generator().manual_seed(0)  # what all sets share: in some, CKA nears 1 and is far from normal
+    fixed = torch.Generator().manual_seed(0)  # what sets share: some draws give a CKA near 1, far from normal
     for p, is_sorted in ((120, True), (20, False)):  # the last: fewer features than samples
         maps, centres = torch.randn(2, 6, p, generator=fixed), torch.randn(10, 6, generator=fixed)
         found = []
@@ -1067,7 +1067,7 @@ def recorded_run(script, device, folder, micro_batch, model):
     model[7].weight.register_post_accumulate_grad_hook(lambda _: exchanges.append(bool(silent)))
     argv = [script.__name__, "--preset", "demo", "--data", "unread", "--out", folder, "--seeds", SEED_OF_RUN,
             "--subset", SUBSET, "--batch-size", BATCH, "--epochs", 2, "--image-size", SIZE, "--lr", 6,
-            "--precision", "fp32", "--device", device, "--micro-batch", micro_batch, "--warmup-epochs", 1]
+            "--precision", "float32", "--device", device, "--micro-batch", micro_batch, "--warmup-epochs", 1]
     stand_ins = {"build_model": lambda *_, **__: model, "load_data": lambda *_: small_data(device)}
     with mock.patch.multiple(script, LARS=Recorder, **stand_ins), \
             mock.patch.object(sys, "argv", [*map(str, argv)]), \
@@ -1193,7 +1193,8 @@ def flags_for(method, out, *more):
     """Flags of a run of 3 steps, of which 2 are the first of 2 epochs; SimCLR's in 2 micro-batches each."""
     micro_batch = ["--micro-batch", 8] if method == "simclr" else []
     return ["--preset", "demo", "--data", tiny_data(), "--out", out, "--subset", 24, "--batch-size", 16,
-            "--epochs", 2, "--image-size", 16, "--precision", "fp32", "--device", "cpu", *micro_batch, *more]
+            "--epochs", 2, "--image-size", 16, "--device", "cpu", "--precision", "float32",
+            *micro_batch, *more]
 
 
 @functools.cache
@@ -1218,7 +1219,7 @@ def tiny_checkpoints():
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
         assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
-        assert err == "" and "fp32 on 1 x cpu, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
+        assert err == "" and "float32 on 1 x cpu, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
 
@@ -1414,7 +1415,7 @@ def test_scripts_resumed():
             for state in ({}, states | {0: {"momentum_buffer": torch.zeros(3)}}):
                 torch.save(older | {"optimizer": older["optimizer"] | {"state": state}}, path)
                 assert_refused(script, *flags, words=[str(path), "optimizer state is damaged"])
-            older["settings"]["data"] = "data"
+            older["settings"] |= {"data": "data", "precision": "fp32"}
             del older["settings"]["train_images"]
             torch.save(older, path)
             path.with_name(f"{path.name}.elsewhere-1.tmp").write_bytes(b"left over")
@@ -1457,7 +1458,7 @@ def test_scripts_refused():
     with temporary_folder() as folder, offline():
         file, out = folder / "file", folder / "out"
         file.write_text("kept")
-        small = flags_for("simclr", out, "--precision", "bf16")
+        small = flags_for("simclr", out, "--precision", "bfloat16")
         assert_refused("train_simclr.py", *small, words=["--image-size 16", "below 17 px"])
         both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
                 "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
@@ -1527,7 +1528,7 @@ def test_progress():
 def test_processes_refused():
     """What processes and GPUs cannot do is one line; after a failure nobody waits for the other processes."""
     for device, processes, flags, words in (
-            ("cuda", 1, ["--precision", "bf16"], ["--precision bf16", "8.0", "fp32"]),
+            ("cuda", 1, ["--precision", "bfloat16"], ["--precision bfloat16", "8.0", "float32"]),
             ("cpu", 2, ["--compile"], ["--compile", "processes"]),
             ("cpu", 3, [], ["--batch-size 10", "3"]), ("cpu", 10, [], ["--batch-size 10", "2 images"])):
         flags = ["--preset", "demo", "--batch-size", "10", "--subset", "20", *flags]
@@ -1880,7 +1881,8 @@ def bench_training(device, images=1280, batch=128):
         inputs = torch.rand(batch * views, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
 
         def bare():
-            with torch.autocast(device.type, torch.bfloat16, enabled=model.settings["precision"] == "bf16"):
+            rounded = model.settings["precision"] == "bfloat16"
+            with torch.autocast(device.type, torch.bfloat16, enabled=rounded):
                 out = model(inputs)
             out.float().square().mean().backward()
             model.zero_grad()

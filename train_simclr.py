@@ -57,7 +57,7 @@ def train(run, data):
     jitter = torch.compile(color_jitter) if run.args.compile else color_jitter
 
     def embed(views):
-        with torch.autocast(device.type, torch.bfloat16, enabled=s["precision"] == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=s["precision"] == "bfloat16"):
             return network(views).float()
 
     for epoch in range(run.epoch, s["epochs"]):

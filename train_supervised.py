@@ -55,7 +55,7 @@ def train(run, data):
     network = run.prepare(model, optimizer)  # resumes; wraps the model where several processes train it
 
     def classify(network, inputs):
-        with torch.autocast(device.type, torch.bfloat16, enabled=s["precision"] == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=s["precision"] == "bfloat16"):
             return network(inputs.contiguous(memory_format=torch.channels_last))
 
     for epoch in range(run.epoch, s["epochs"]):
