@@ -115,12 +115,14 @@ def warn(text):
 
 
 def write_atomically(path, write):
-    """`write(file)` fills a temporary file, which becomes `path`: the old or the new is there, never half."""
+    """What `write(file)` writes becomes the file `path`: the old or the new is there, never half."""
+    buffer = io.BytesIO()  # writing to the disk itself, torch.save would hide that it is full
+    write(buffer)
     temporary = Path(f"{path}.{platform.node()}-{os.getpid()}.tmp")  # two processes must not share one
     try:
         with explained(f"{path} is not written, what was there before is kept", OSError):
             with open(temporary, "wb") as file:
-                write(file)
+                file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -755,13 +757,6 @@ def distributed(device_name):
 # are read with weights_only: they can hold tensors, numbers, texts, lists and dicts, and nothing is run.
 
 
-def save_atomically(content, path):
-    """torch.save through `write_atomically`: `path` is the old or the new file, never half of one."""
-    buffer = io.BytesIO()  # writing to the disk itself, torch.save would hide that it is full
-    torch.save(content, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
 def read_file(path, device="cpu"):
     """What torch.save wrote into a file of plain values; nothing in it is executed. UserError for others."""
     try:
@@ -1169,9 +1164,10 @@ class Run:
             weights = self.model.state_dict()
             head = {name[3:]: value for name, value in weights.items() if name.startswith("fc.")}
             backbone = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-            save_atomically({"settings": self.settings, "epoch": self.epoch, "step": self.step,
-                             "sums": self.sums, "spent": self.spent, "backbone": backbone, "head": head,
-                             "optimizer": self.optimizer.state_dict()}, self.path)
+            content = {"settings": self.settings, "epoch": self.epoch, "step": self.step, "sums": self.sums,
+                       "spent": self.spent, "backbone": backbone, "head": head,
+                       "optimizer": self.optimizer.state_dict()}
+            write_atomically(self.path, functools.partial(torch.save, content))
         if self.stopped:
             say(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; "
                 "the same command resumes")

@@ -1218,7 +1218,7 @@ def tiny_checkpoints():
     for method in METHODS:
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
-        assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
+        assert code == 0 and out.count("  epoch 2/2  ") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
         assert err == "" and "float32 on 1 x cpu, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
@@ -1373,16 +1373,19 @@ def test_checkpoint_other_projects():
 
 def test_write_atomically():
     """A save that fails, while pickling or at the disk, leaves the old file and no temporary one."""
+    def save(content):
+        common.write_atomically(path, functools.partial(torch.save, content))
+
     full = OSError(errno.ENOSPC, "No space left on device")
     with temporary_folder() as folder:
         path = folder / "x.pt"
-        common.save_atomically({"a": torch.ones(3)}, path)
+        save({"a": torch.ones(3)})
         with raises(Exception, "pickle"):
-            common.save_atomically({"a": lambda: 0}, path)
+            save({"a": lambda: 0})
         for function in ("fsync", "replace"):
             with mock.patch.object(os, function, side_effect=full):
                 with raises(common.UserError, str(path), "No space left", "kept"):
-                    common.save_atomically({"a": torch.zeros(3)}, path)
+                    save({"a": torch.zeros(3)})
         assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
         assert os.listdir(folder) == ["x.pt"]
 
@@ -1562,7 +1565,7 @@ def test_ranks():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, "train_simclr.py", *map(str, flags)], cwd=HERE, text=True, timeout=300,
                           capture_output=True)
-    assert done.returncode == 0 and done.stdout.count("epoch 1/2") == 1, done.stdout + done.stderr[-900:]
+    assert done.returncode == 0 and done.stdout.count("  epoch 1/2  ") == 1, done.stdout + done.stderr[-900:]
     for record, want in zip(*(log_of(folder / "simclr_seed0.pt") for folder in folders)):
         for name in ("loss", "accuracy"):
             assert_close(record[name], want[name], 1e-3, name)
