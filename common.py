@@ -47,11 +47,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_activations
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 matplotlib.use("Agg")  # figures are written to files; no display is needed
 from matplotlib import pyplot as plt  # noqa: E402
 
@@ -1206,15 +1201,12 @@ def open_log(path):
     if rank() > 0:
         return io.BytesIO()
     file = open(path, "a+b")
-    try:
+    locked = f"{path}: another process trains this network; wait, or give another --out"
+    with contextlib.suppress(ImportError, OSError), explained(locked, BlockingIOError):
+        import fcntl  # which Windows lacks; some file systems have no locks
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{path}: another process trains this network; wait, or give another --out") from None
-    except (OSError, AttributeError):  # a file system, or a system, without such locks
-        return file
-    for leftover in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f"{path.stem}.*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
     return file
 
 
