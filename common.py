@@ -752,12 +752,12 @@ def distributed(device_name):
 # are read with weights_only: they can hold tensors, numbers, texts, lists and dicts, and nothing is run.
 
 
-def read_file(path, device="cpu"):
+def read_file(path):
     """What torch.save wrote into a file of plain values; nothing in it is executed. UserError for others."""
     try:
         with explained(path, OSError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what a foreign file is; the error below says it
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
@@ -767,21 +767,12 @@ def read_file(path, device="cpu"):
                         'safetensors torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint of ours; nothing in the file is executed. UserError if it is not one."""
-    content = read_file(path, device)
-    if not is_checkpoint(content):
-        raise UserError(f"{path}: not a checkpoint of train_simclr.py or train_supervised.py")
-    return content
-
-
 def is_checkpoint(content):
     """True for what the training scripts write, in this version or an earlier one."""
     parts = {"settings", "epoch", "step", "backbone", "head"}
-    needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "strength", "blur"}
-    if not isinstance(content, dict) or not parts <= content.keys():
-        return False
-    return isinstance(content["settings"], dict) and needed <= content["settings"].keys()
+    needed = {"method", "seed", "data", "classes", "stem", "image_size", "mean", "std", "precision"}
+    settings = isinstance(content, dict) and parts <= content.keys() and content["settings"]
+    return isinstance(settings, dict) and needed <= settings.keys()
 
 
 def load_weights(model, checkpoint, path, assign=False):
@@ -944,13 +935,11 @@ def training_arguments(doc, presets, argv=None):
     return args
 
 
-# The settings of a run: all that its result depends on, and what a figure needs to know.
-SETTINGS = ("preset data epochs batch_size micro_batch checkpoint_activations image_size stem lr "
-            "weight_decay warmup_epochs temperature strength blur subset precision").split()
-
-
 def run_settings(args, method, seed, data, device):
-    """The settings dict (plain types only) of a run; UserError for what data, device or processes forbid."""
+    """What a run's result depends on and a figure needs to know: a dict of plain types.
+
+    UserError for what data, device or processes forbid.
+    """
     total, processes, batch_size = len(data.train_images), world_size(), args.batch_size
     n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
     views = 2 if method == "simclr" else 1
@@ -972,12 +961,13 @@ def run_settings(args, method, seed, data, device):
             (no_bf16, f"--precision bfloat16: {device} has none (capability below 8.0); give float32")):
         if wrong:
             raise UserError(what)
-    settings = {name: getattr(args, name, None) for name in SETTINGS} | {"method": method, "seed": seed}
+    others = {"seeds", "download", "out", "checkpoint_every", "device", "compile"}  # which do not change it
+    settings = {name: value for name, value in vars(args).items() if name not in others}
     if args.data != "synthetic":
-        settings["data"] = str(Path(args.data).expanduser().absolute())
+        settings["data"] = os.path.abspath(os.path.expanduser(args.data))
     mean, std = channel_statistics(data.train_images)
-    return settings | {"precision": precision, "micro_batch": micro_batch, "train_images": n,
-                       "classes": list(data.classes), "mean": list(mean), "std": list(std)}
+    return settings | {"method": method, "seed": seed, "precision": precision, "micro_batch": micro_batch,
+                       "train_images": n, "classes": data.classes, "mean": list(mean), "std": list(std)}
 
 
 @contextlib.contextmanager
@@ -1182,9 +1172,11 @@ def checkpoint_of_run(path, settings):
     """A run's checkpoint, None if there is none yet; UserError if it was trained with other settings."""
     if not path.exists():
         return None
-    checkpoint = read_checkpoint(path, "cpu")
-    saved, renamed = checkpoint["settings"], {"fp32": "float32", "bf16": "bfloat16"}
-    saved = {key: renamed.get(value, value) if key == "precision" else value for key, value in saved.items()}
+    checkpoint = read_file(path)
+    if not is_checkpoint(checkpoint):
+        raise UserError(f"{path}: not a checkpoint of train_simclr.py or train_supervised.py")
+    saved, renamed = dict(checkpoint["settings"]), {"fp32": "float32", "bf16": "bfloat16"}
+    saved["precision"] = renamed.get(saved["precision"], saved["precision"])
     relevant = settings.keys() & saved.keys() - {"preset", "data"}  # names; the data itself shows in its mean
     differ = [f"{k} {saved[k]} -> {settings[k]}" for k in sorted(relevant) if saved[k] != settings[k]]
     if differ:
@@ -1212,14 +1204,11 @@ def open_log(path):
 
 def drop_records(log, epoch):
     """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
-    kept = 0
+    def is_kept(line):
+        return line.endswith(b"\n") and json.loads(line).get("epoch", 0) <= epoch
+
     log.seek(0)
-    with contextlib.suppress(ValueError):  # what is no JSON was cut short by a kill
-        for line in log:
-            if not line.endswith(b"\n") or json.loads(line).get("epoch", 0) > epoch:
-                break
-            kept += len(line)
-    log.truncate(kept)
+    log.truncate(sum(map(len, itertools.takewhile(is_kept, log))))
 
 
 @contextlib.contextmanager

@@ -1286,7 +1286,7 @@ def test_checkpoint_bad_files():
             with raises(common.UserError, str(path), word):
                 common.load_model(path)
             with raises(common.UserError, str(path)):
-                common.read_checkpoint(path)
+                common.checkpoint_of_run(path, {})
         assert_refused("train_supervised.py", *flags_for("supervised", folder, "--seeds", 0))
         assert path.read_bytes() == content and not marker.exists(), "a file was overwritten or executed"
         for place, word in ((folder / "none", "No such file"), (folder, "Is a directory")):
