@@ -228,12 +228,9 @@ def channel_statistics(images):
 def _load_image_folder(folder):
     """What `Data` holds, of `train/<class>/*` and `test/<class>/*`; labels number the sorted class names."""
     parts, class_of = [(folder / part).resolve() for part in ("train", "test")], {}
-    for part in parts:
-        below = [file for file in _files_below(part, parts) if file.parent != part]
-        class_of |= {file: file.relative_to(part).parts[0] for file in below}
-    empty = {entry.name for part in parts for entry in part.iterdir() if entry.is_dir()
-             and not entry.is_symlink() and entry.name[0] != "." and entry.name != "__MACOSX"}
-    classes = sorted(empty | set(class_of.values()))
+    for folder_of_class in (entry for part in parts for entry in sorted(part.iterdir()) if entry.is_dir()):
+        class_of |= dict.fromkeys(_files_below(folder_of_class, parts), folder_of_class.name)
+    classes = sorted(set(class_of.values()))
     files = [file for file in class_of if file.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
     n = sum(file.is_relative_to(parts[0]) for file in files)
     for part in (files[:n], files[n:]):
@@ -248,21 +245,22 @@ def _load_image_folder(folder):
             raise UserError(f"{files[i]}: height and width {tuple(image.shape[1:])}, others "
                             f"{tuple(images.shape[2:])}; all must have the same size")
         images[i] = image
-        if sys.stderr.isatty() and i % 500 == 0:
-            print(f"reading image {i:,} of {len(files):,}", end="\r", file=sys.stderr)
+        if i % 500 == 0:
+            say(f"reading image {i:,} of {len(files):,}", rewritten=True)
     return images[:n], labels[:n], images[n:], labels[n:], classes
 
 
 def _files_below(path, known):
-    """Files at or below a path, sorted, without hidden ones and links into or around the `known` folders."""
+    """Files and empty folders at or below a path, sorted; not what is hidden or links to `known` folders."""
     if path.name.startswith(".") or path.name == "__MACOSX":
         return []
     if not path.is_dir():
         return [path]
-    real = path.resolve()
+    real = path.resolve()  # a link must not lead into or around what is being read
     if path.is_symlink() and any(real.is_relative_to(k) or k.is_relative_to(real) for k in known):
         return []
-    return [file for entry in sorted(path.iterdir()) for file in _files_below(entry, [*known, real])]
+    below = [file for entry in sorted(path.iterdir()) for file in _files_below(entry, [*known, real])]
+    return below or [path]
 
 
 def _decode(file):
