@@ -617,25 +617,23 @@ class LARS(torch.optim.Optimizer):
         g <- gradient + weight_decay w;   t = eta |w| / |g|, or 1 if either norm is 0
         v <- momentum v + (lr t) g;       w <- w - v
 
-    1-d parameters (of batch norm, and biases) get neither weight decay nor adaptation (t = 1). List
-    operations only; nothing waits for the device.
+    1-d parameters (of batch norm, and biases) get neither weight decay nor adaptation (t = 1).
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+        for p in itertools.chain(*(group["params"] for group in self.param_groups)):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
-        """One update of all parameters that have a gradient."""
+        """One update of all parameters that have a gradient, by list operations, without waiting."""
         for group in self.param_groups:
             for adapted in (True, False):
                 weights = [p for p in group["params"] if p.grad is not None and (p.ndim > 1) == adapted]
-                if not weights:
+                if not weights:  # which list operations refuse
                     continue
                 gradients = [p.grad for p in weights]
-                for p in weights:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum_buffer"] for p in weights]
                 torch._foreach_mul_(buffers, group["momentum"])
                 if adapted:
@@ -1073,7 +1071,7 @@ class Run:
             load_weights(model, checkpoint, self.path)
             with explained(f"{self.path}: its optimizer state is damaged", LookupError, ValueError):
                 optimizer.load_state_dict(checkpoint["optimizer"])
-                for p in optimizer.param_groups[0]["params"] if checkpoint["step"] else ():
+                for p in optimizer.param_groups[0]["params"]:
                     if optimizer.state[p]["momentum_buffer"].shape != p.shape:
                         raise ValueError("a momentum has another shape than its weight")
                 self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
