@@ -660,19 +660,17 @@ def info_nce_and_accuracy(z1, z2, temperature):
     """InfoNCE, Eq. (1), averaged over the 2N anchors, and the share of these whose partner is nearest.
 
     z1, z2 (N, d): row i of each is a view of image i. Both results are 0-d float32, the loss ln(2N - 1) for
-    equal views. In one of several processes the rows are its share, all processes' views are compared with,
-    and the mean over processes of loss and gradient is that of one process with the whole batch.
+    equal views. One of several processes gives its share of the rows, and gets the loss of all; the mean over
+    the processes of their gradients is that of one process with the whole batch.
     """
     with torch.autocast(z1.device.type, enabled=False):
-        n, everyone = len(z1), world_size() * len(z1)
-        z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-        views = torch.cat([_Gather.apply(z) if world_size() > 1 else z for z in (z1, z2)])  # (2N, d)
-        logits = torch.cat([z1, z2]) @ views.T / temperature
-        own = torch.arange(n, device=z1.device) + rank() * n
-        own = torch.cat([own, own + everyone])  # the column of each row itself; its partner is N columns away
-        logits = logits.scatter(1, own[:, None], -math.inf)
-        partner = (own + everyone) % (2 * everyone)
-        return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
+        views = torch.cat([_gather(F.normalize(z.float(), dim=1)) for z in (z1, z2)])  # (2N, d)
+        logits = (views @ views.T / temperature).fill_diagonal_(-math.inf)
+        partner = torch.arange(len(views), device=views.device).roll(len(views) // 2)
+        loss = F.cross_entropy(logits, partner)
+        # Each process has the gradient of its own rows only: times their number, to make up for the mean.
+        loss = loss + (world_size() - 1) * (loss - loss.detach())
+        return loss, (logits.argmax(1) == partner).float().mean()
 
 
 def world_size():
@@ -705,22 +703,14 @@ def rank0_first(work):
     return result if rank() == 0 else work()
 
 
-class _Gather(torch.autograd.Function):
-    """all_gather whose gradient sums what every rank's loss says about this rank's rows.
-
-    torch.distributed.nn.functional.all_gather is the same but deprecated, and its successor is private.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # it may be shared
-        return sum_over_ranks(gradient).chunk(world_size())[rank()]
+def _gather(rows):
+    """The rows of all processes, of which this one's have a gradient."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.detach())
+    parts[rank()] = rows
+    return torch.cat(parts)
 
 
 @contextlib.contextmanager
