@@ -958,19 +958,18 @@ def run_settings(args, method, seed, data, device):
 
 @contextlib.contextmanager
 def not_counting(module):
-    """Batch norm normalises as in training, but its running statistics and its count stay as they are.
+    """In passes that repeat another: batch norm works as in training, but its statistics and count stay.
 
-    For passes that repeat another. Statistics are kept, by a momentum of 0: SyncBatchNorm fails in bf16
-    without them.
+    By a momentum of 0, as SyncBatchNorm fails in bf16 where it has no running statistics.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules()
+              if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    for norm, _, count in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before):
+        for norm, momentum, count in before:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
@@ -989,9 +988,8 @@ def for_all_ranks(model, device):
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    wrapped.broadcast_buffers = False  # each rank keeps its own running statistics between saves
-    return wrapped
+    # each rank keeps its own running statistics between saves
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def average_statistics(model):
@@ -1111,9 +1109,9 @@ class Run:
     def end_epoch(self, **measured):
         """Logs and prints the epoch that the last step ended, and what was `measured`; saves when due."""
         loss, accuracy, steps = finite_sums(self).tolist()
-        speed = steps / world_size() * self.batch_size / self.spent
+        loss, accuracy, speed = loss / steps, accuracy / steps, steps * self.batch_size / self.spent
         self.epoch += 1
-        loss, accuracy, rate = loss / steps, accuracy / steps, self.optimizer.param_groups[0]["lr"]
+        rate = self.optimizer.param_groups[0]["lr"]
         record = {"epoch": self.epoch, "loss": loss, "lr": rate, "images_per_second": speed,
                   "accuracy": accuracy, **measured}
         self.log.write((json.dumps(record) + "\n").encode())
@@ -1129,7 +1127,7 @@ class Run:
 
     def save(self):
         """Writes the checkpoint, or leaves the previous one as it was; exits if a signal was the reason."""
-        self.sums = finite_sums(self) / world_size()  # the file must not depend on how many they are
+        self.sums = finite_sums(self)  # the file must not depend on how many ranks there are
         average_statistics(self.model)
         if rank() == 0:
             weights = self.model.state_dict()
@@ -1146,8 +1144,8 @@ class Run:
 
 
 def finite_sums(run):
-    """A run's `sums` over all ranks; UserError if they or a weight are not finite."""
-    sums = sum_over_ranks(run.sums.clone())
+    """A run's `sums`, averaged over the ranks; UserError if they or a weight are not finite."""
+    sums = sum_over_ranks(run.sums.clone()) / world_size()
     if not torch.stack([t.isfinite().all() for t in (sums, *run.model.parameters())]).all():
         raise UserError(f"{run.name}: the loss or a weight is not finite by step {run.step}; stopped, the "
                         "last good checkpoint is kept; lower --lr or raise --warmup-epochs")
