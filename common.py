@@ -1009,21 +1009,12 @@ def say(text, rewritten=False):
 
 
 def show_progress(run):
-    """Says once, 5 s after its first step, where a run is and what is left; at a terminal every second."""
-    if run.first is None:  # the first step loads libraries and compiles: no measure of the rest
-        run.loss.item()  # waits for the device, as below, and nothing else does
-        run.first = run.step, time.perf_counter()
-    first, since = run.first
-    pause = 5 if run.shown is None else 1 if sys.stderr.isatty() else math.inf
-    if time.perf_counter() - (run.shown or since) < pause:
-        return
-    loss, now = run.loss.item(), time.perf_counter()
-    pace = (now - since) / (run.step - first)  # seconds per step
-    begin, end = run.ends[run.epoch:run.epoch + 2]
-    left, in_all = (timedelta(seconds=round((last - run.step) * pace)) for last in (end, run.total_steps))
+    """Says once where a run is and what is left, at a terminal every second, by the pace of this epoch."""
+    loss, (begin, end) = run.loss.item(), run.ends[run.epoch:run.epoch + 2]  # waits for the device
+    left, in_all = (timedelta(seconds=round((last - run.step) * run.pace)) for last in (end, run.total_steps))
     say(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  loss {loss:.3f}  "
-        f"{run.batch_size / pace:.0f} images/s  left {left}, in all {in_all}", run.shown is not None)
-    run.shown = now
+        f"{run.batch_size / run.pace:.0f} images/s  left {left}, in all {in_all}", rewritten=run.shown)
+    run.shown, run.due = True, time.perf_counter() + (1 if sys.stderr.isatty() else math.inf)
 
 
 class Run:
@@ -1047,9 +1038,8 @@ class Run:
         local = self.batch_size // world_size()
         self.rows = slice(rank() * local, (rank() + 1) * local)  # this rank's part of each batch
         self.epoch = self.step = 0
-        self.spent = 0.0  # seconds in the current epoch
         self.sums = torch.zeros(3, device=device)  # losses, accuracies, steps of the current epoch
-        self.signals, self.stopped, self.first, self.shown = [], False, None, None
+        self.signals, self.stopped, self.shown, self.due = [], False, False, None
 
     def prepare(self, model, optimizer):
         """The network as a loop calls it: as in the checkpoint if there is one, wrapped as the flags ask."""
@@ -1062,7 +1052,7 @@ class Run:
                 for p in optimizer.param_groups[0]["params"]:
                     if optimizer.state[p]["momentum_buffer"].shape != p.shape:
                         raise ValueError("a momentum has another shape than its weight")
-                self.sums, self.spent = checkpoint["sums"].to(self.device), checkpoint["spent"]
+                self.sums = checkpoint["sums"].to(self.device)
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
         if self.epoch >= self.epochs:
@@ -1090,12 +1080,17 @@ class Run:
 
     def steps(self):
         """The numbers of the epoch's remaining steps; between them it shows progress and heeds signals."""
-        started, end = time.perf_counter() - self.spent, self.ends[self.epoch + 1]
+        first, since, end = self.step, time.perf_counter(), self.ends[self.epoch + 1]
         while self.step < end:
             yield self.step
             self.step += 1
-            self.spent = time.perf_counter() - started
-            show_progress(self)
+            self.pace = (time.perf_counter() - since) / (self.step - first)  # seconds per step
+            if self.due is None:  # a run's first step loads libraries and compiles: no measure of the rest
+                self.loss.item()  # waits for the device
+                first, since = self.step, time.perf_counter()
+                self.due = since + 5
+            elif self.step < end and time.perf_counter() > self.due:  # an epoch's end has a line of its own
+                show_progress(self)
             flag = torch.tensor([len(self.signals)])  # on the CPU: gloo, no wait for a GPU
             self.stopped = bool(sum_over_ranks(flag) > 0)  # every rank, once any got a signal
             if self.stopped and self.step < end:  # at its end the epoch is counted first
@@ -1109,19 +1104,17 @@ class Run:
     def end_epoch(self, **measured):
         """Logs and prints the epoch that the last step ended, and what was `measured`; saves when due."""
         loss, accuracy, steps = finite_sums(self).tolist()
-        loss, accuracy, speed = loss / steps, accuracy / steps, steps * self.batch_size / self.spent
+        loss, accuracy, rate = loss / steps, accuracy / steps, self.optimizer.param_groups[0]["lr"]
         self.epoch += 1
-        rate = self.optimizer.param_groups[0]["lr"]
-        record = {"epoch": self.epoch, "loss": loss, "lr": rate, "images_per_second": speed,
-                  "accuracy": accuracy, **measured}
+        record = {"epoch": self.epoch, "loss": loss, "lr": rate,
+                  "images_per_second": self.batch_size / self.pace, "accuracy": accuracy, **measured}
         self.log.write((json.dumps(record) + "\n").encode())
         self.log.flush()
-        left = timedelta(seconds=round((self.total_steps - self.step) * self.batch_size / speed))
+        left = timedelta(seconds=round((self.total_steps - self.step) * self.pace))
         test = f"  test {measured['test_accuracy']:.3f}" if measured else ""
         say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {loss:.4f}  accuracy {accuracy:.3f}{test}  "
-            f"lr {rate:.3g}  {speed:.0f} images/s  {left} left")
+            f"lr {rate:.3g}  {self.batch_size / self.pace:.0f} images/s  {left} left")
         self.sums.zero_()
-        self.spent = 0.0
         if self.stopped or self.epoch % self.args.checkpoint_every == 0 or self.epoch == self.epochs:
             self.save()
 
@@ -1134,8 +1127,7 @@ class Run:
             head = {name[3:]: value for name, value in weights.items() if name.startswith("fc.")}
             backbone = {name: value for name, value in weights.items() if not name.startswith("fc.")}
             content = {"settings": self.settings, "epoch": self.epoch, "step": self.step, "sums": self.sums,
-                       "spent": self.spent, "backbone": backbone, "head": head,
-                       "optimizer": self.optimizer.state_dict()}
+                       "backbone": backbone, "head": head, "optimizer": self.optimizer.state_dict()}
             write_atomically(self.path, functools.partial(torch.save, content))
         if self.stopped:
             say(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; "

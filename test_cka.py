@@ -1224,11 +1224,11 @@ def tiny_checkpoints():
 
 
 def entries_of_checkpoint(path):
-    """All that a checkpoint holds but the time it took, line by line; tensors by their hashes."""
+    """All that a checkpoint holds, line by line; tensors by their hashes."""
     def digest(tensor):
         return hashlib.md5(tensor.contiguous().numpy()).hexdigest()
 
-    content = torch.load(path, weights_only=True) | {"spent": 0}
+    content = torch.load(path, weights_only=True)
     return json.dumps(content, indent=0, default=digest).splitlines()
 
 
