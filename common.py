@@ -692,7 +692,7 @@ def sum_over_ranks(x):
 
 def rank0_first(work):
     """`work()` by rank 0, then by the others; after a UserError of rank 0 all stop, and it alone says why."""
-    result, error = None, None
+    error = None
     if rank() == 0:
         try:
             result = work()
@@ -815,8 +815,8 @@ def find_backbone(content, path, prefix=None):
     teacher, a query encoder, an online network. UserError if none is whole, with what the nearest lacks or
     has besides, and if several are left.
     """
-    tensors, whole = dict(_tensors(content)), {}
-    faults = [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
+    tensors = {name.replace(".shortcut.", ".downsample."): tensor for name, tensor in _tensors(content)}
+    whole, faults = {}, [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
     with torch.device("meta"):
         wanted = dict(list(torchvision.models.resnet50().state_dict().items())[:-2])  # the last two are fc's
     pattern = r"^((?:.*\.)?)(?:layer1|([234]))\.0\.conv1\.weight$"  # a number if names are nn.Sequential's
@@ -826,8 +826,6 @@ def find_backbone(content, path, prefix=None):
         for name in wanted:
             top, rest = name.split(".", 1)
             there = f"{start}{numbers[top] if layer1 else top}.{rest}"
-            if there not in tensors:
-                there = there.replace("downsample", "shortcut")
             if there in tensors:
                 network[name] = others.pop(there)
         wrong = [name for name, tensor in wanted.items() if "num_batches" not in name
@@ -928,16 +926,15 @@ def run_settings(args, method, seed, data, device):
     """
     total, processes, batch_size = len(data.train_images), world_size(), args.batch_size
     n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
-    views = 2 if method == "simclr" else 1
-    fewest = views * min(local, micro_batch, local % micro_batch or micro_batch)
+    last_piece = (local % micro_batch or micro_batch) * (2 if method == "simclr" else 1)
     precision = args.precision or ("bfloat16" if has_bf16(device) else "float32")
-    no_bf16 = args.precision == "bfloat16" and device.type == "cuda" and not has_bf16(device)
+    no_bf16 = precision == "bfloat16" and device.type == "cuda" and not has_bf16(device)
     # Seen with torch 2.14.1: gradients of BG4's first 3x3 product, with stride 2 on one pixel, are not set.
     one_pixel = (precision, args.stem, device.type) == ("bfloat16", "imagenet", "cpu")
     for wrong, what in (
             (not batch_size <= n <= total, f"--batch-size {batch_size}, --subset {n}: the batch must be at "
              f"most the subset, the subset at most the {total} training images"),
-            (batch_size % processes or local < 2 or fewest < 2, f"--batch-size {batch_size}, --micro-batch "
+            (batch_size % processes or local < 2 or last_piece < 2, f"--batch-size {batch_size}, --micro-batch "
              f"{micro_batch}: give {processes} processes equal shares, in pieces of 2 images for batch norm"),
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
             (args.compile and (processes > 1 or args.checkpoint_activations),
