@@ -841,8 +841,8 @@ def find_backbone(content, path, prefix=None):
     chosen = [p for p in whole if not second_choice & set(re.split(r"[._]", p.lower()))] or list(whole)
     if prefix is not None:
         chosen = [p for p in whole if p.strip(".") == prefix.strip(".")]
-    first, *others = [whole[p][0] for p in chosen] or [{}]
-    if not chosen or any(not torch.equal(first[name], other[name]) for other in others for name in first):
+    first, *rest = [whole[p][0] for p in chosen] or [{}]
+    if not chosen or any(not torch.equal(first[n], other[n]) for other in rest for n in first.keys() & other):
         raise UserError(f"{path}: choose a ResNet-50 with --prefix: {first_names([repr(p) for p in whole])}")
     return whole[chosen[0]]
 
@@ -926,7 +926,7 @@ def run_settings(args, method, seed, data, device):
     """
     total, processes, batch_size = len(data.train_images), world_size(), args.batch_size
     n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
-    last_piece = (local % micro_batch or micro_batch) * (2 if method == "simclr" else 1)
+    last = (local % micro_batch or micro_batch) * (2 if method == "simclr" else 1)
     precision = args.precision or ("bfloat16" if has_bf16(device) else "float32")
     no_bf16 = precision == "bfloat16" and device.type == "cuda" and not has_bf16(device)
     # Seen with torch 2.14.1: gradients of BG4's first 3x3 product, with stride 2 on one pixel, are not set.
@@ -934,7 +934,7 @@ def run_settings(args, method, seed, data, device):
     for wrong, what in (
             (not batch_size <= n <= total, f"--batch-size {batch_size}, --subset {n}: the batch must be at "
              f"most the subset, the subset at most the {total} training images"),
-            (batch_size % processes or local < 2 or last_piece < 2, f"--batch-size {batch_size}, --micro-batch "
+            (batch_size % processes or local < 2 or last < 2, f"--batch-size {batch_size}, --micro-batch "
              f"{micro_batch}: give {processes} processes equal shares, in pieces of 2 images for batch norm"),
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
             (args.compile and (processes > 1 or args.checkpoint_activations),
