@@ -276,10 +276,7 @@ def _decode(file):
 
 
 def synthetic_images(n, seed):
-    """Images uint8 (n, 3, 32, 32), labels int64 (n,) of `SYNTHETIC_CLASSES`, on the CPU, from the seed alone.
-
-    A class is a shape and a texture; all else is independent of it, so colour alone does not give it away.
-    """
+    """Images uint8 (n, 3, 32, 32), labels int64 (n,) of `SYNTHETIC_CLASSES`: shapes of random colours."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -920,10 +917,7 @@ def training_arguments(doc, presets, argv=None):
 
 
 def run_settings(args, method, seed, data, device):
-    """What a run's result depends on and a figure needs to know: a dict of plain types.
-
-    UserError for what data, device or processes forbid.
-    """
+    """A dict of plain types: all that a run's result depends on. UserError for what cannot be trained."""
     total, processes, batch_size = len(data.train_images), world_size(), args.batch_size
     n, local, micro_batch = args.subset or total, batch_size // processes, min(args.micro_batch, batch_size)
     last = (local % micro_batch or micro_batch) * (2 if method == "simclr" else 1)
@@ -955,13 +949,11 @@ def run_settings(args, method, seed, data, device):
 
 @contextlib.contextmanager
 def not_counting(module):
-    """In passes that repeat another: batch norm works as in training, but its statistics and count stay.
-
-    By a momentum of 0, as SyncBatchNorm fails in bf16 where it has no running statistics.
-    """
+    """For passes that repeat another: batch norm as in training, but its statistics and count stay."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in module.modules()
               if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     for norm, _, count in before:
+        # not without running statistics, where SyncBatchNorm fails in bf16
         norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
@@ -1159,10 +1151,7 @@ def checkpoint_of_run(path, settings):
 
 
 def open_log(path):
-    """The log beside a checkpoint, a JSON line per epoch, of which rank 0 has the file.
-
-    Locked until closed, where the system can: a second run of the same network is a UserError.
-    """
+    """Rank 0's file for a JSON line per epoch, locked until closed: a second such run is a UserError."""
     if rank() > 0:
         return io.BytesIO()
     file = open(path, "a+b")
