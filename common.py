@@ -1186,7 +1186,9 @@ def open_run(args, method, seed, data, device):
     run.log = rank0_first(lambda: open_log(run.path.with_suffix(".jsonl")))
     advice = (f"--micro-batch {settings['micro_batch']} --image-size {args.image_size}: lower the first, or "
               "give --checkpoint-activations, or use more processes")
-    handlers = {number: signal.signal(number, restore) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:  # not in the line above: a signal between the two would find no handlers
+        signal.signal(number, restore)
     with run.log, explained(advice):
         try:
             yield run
