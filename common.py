@@ -1073,12 +1073,13 @@ class Run:
         while self.step < end:
             yield self.step
             self.step += 1
-            self.pace = (time.perf_counter() - since) / (self.step - first)  # seconds per step
-            if self.due is None:  # a run's first step loads libraries and compiles: no measure of the rest
+            if self.due is None or self.step == end:
                 self.loss.item()  # waits for the device
-                first, since = self.step, time.perf_counter()
-                self.due = since + 5
-            elif self.step < end and time.perf_counter() > self.due:  # an epoch's end has a line of its own
+            now = time.perf_counter()
+            self.pace = (now - since) / (self.step - first)  # seconds per step
+            if self.due is None:  # a run's first step loads libraries and compiles: no measure of the rest
+                first, since, self.due = self.step, now, now + 5
+            elif self.step < end and now > self.due:  # an epoch's end has a line of its own
                 show_progress(self)
             flag = torch.tensor([len(self.signals)])  # on the CPU: gloo, no wait for a GPU
             self.stopped = bool(sum_over_ranks(flag) > 0)  # every rank, once any got a signal
