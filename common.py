@@ -592,12 +592,8 @@ def stream_representations(model, images, any_order=False):
     del images
     for g, group in enumerate(groups, 1):
         for b, block in enumerate(group, 1):
-            handle = block.bn3.register_forward_hook(keep_odd)
-            try:
-                with torch.no_grad():
-                    x = block(x)
-            finally:
-                handle.remove()
+            with torch.no_grad(), block.bn3.register_forward_hook(keep_odd):
+                x = block(x)
             yield f"BG{g}.{b}.odd", odd.pop()
             yield f"BG{g}.{b}.even", flat(x)
     if isinstance(model.fc, ProjectionHead):
