@@ -183,7 +183,6 @@ def writable_folder(folder):
 # What every script reads: `load_data` gives the training and test images of CIFAR-10, of a folder or of a
 # synthetic set, whole and on the device. Nothing is guessed: a folder laid out in another way is refused.
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # its training images, in [0, 1]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published ResNet-50s expect
 LAYOUT = ("expected train/<class>/ and test/<class>/ with images; or cifar-10-python.tar.gz, which "
           "--download fetches into an empty or new folder; or --data synthetic")
@@ -390,8 +389,8 @@ def _separable(images, rows, columns):
     return torch.matmul(rows.unsqueeze(1), images.view(n, c, h, columns.shape[1]))
 
 
-def _crop_resize_flip(images, size, params):
-    """uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]: its box, resized, perhaps mirrored."""
+def imagenet_augment(images, size, params):
+    """Crop, resize and flip (footnote 3): uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]."""
     top, left, height, width = params["box"].unbind(1)
     rows = _resize_matrix(top, height, images.shape[2], size, torch.zeros_like(params["flip"]))
     columns = _resize_matrix(left, width, images.shape[3], size, params["flip"])
@@ -458,21 +457,19 @@ def _blur_matrix(size, kernel_size, sigma, active):
     return matrix.scatter_add_(2, source, weights[:, None].expand(-1, size, -1))
 
 
-def simclr_augment(images, size, strength=1.0, blur=True, params=None, jitter=color_jitter):
-    """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), same device.
+def simclr_augment(images, size, params, blur=True, jitter=color_jitter):
+    """SimCLR's training views: uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1].
 
     Crop, flip, colour jitter, gray and, if `blur`, Gaussian blur with a kernel of size // 10 pixels, made odd
-    (SimCLR App. A), by torchvision's definitions without its rounding to uint8. Every image has its own
-    parameters, by `simclr_params` unless given. `jitter`: what torch.compile made of `color_jitter`, say.
+    (SimCLR App. A), by torchvision's definitions without its rounding to uint8. `jitter`: what torch.compile
+    made of `color_jitter`, say.
     """
-    if params is None:
-        params = simclr_params(len(images), *images.shape[2:], images.device, strength=strength)
     n = max(4, 2 ** 18 // (3 * size * size))
     if images.device.type == "cpu" and len(images) > n:  # twice as fast on pieces that fit a CPU's cache
         pieces = [slice(start, start + n) for start in range(0, len(images), n)]
-        return torch.cat([simclr_augment(images[piece], size, strength, blur, slice_params(params, piece),
-                                         jitter) for piece in pieces])
-    x = jitter(_crop_resize_flip(images, size, params), params)
+        return torch.cat([simclr_augment(images[piece], size, slice_params(params, piece), blur, jitter)
+                          for piece in pieces])
+    x = jitter(imagenet_augment(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
@@ -481,24 +478,13 @@ def simclr_augment(images, size, strength=1.0, blur=True, params=None, jitter=co
     return x
 
 
-def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, params=None):
-    """Supervised training images (footnote 3), crop, flip, standardisation: float32 (n, 3, size, size)."""
-    if params is None:
-        params = imagenet_params(len(images), *images.shape[2:], images.device)
-    return _standardise(_crop_resize_flip(images, size, params), mean, std)
-
-
-def simclr_test(images, size):
-    """SimCLR's test images: the whole image resized; float32 (n, 3, size, size) in [0, 1]."""
+def resize(images, size):
+    """Test images, whole: uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]."""
     return F.interpolate(images.float().div_(255), (size, size), mode="bilinear", antialias=True)
 
 
-def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
-    """The supervised test images: the whole image resized and standardised; float32 (n, 3, size, size)."""
-    return _standardise(simclr_test(images, size), mean, std)
-
-
-def _standardise(x, mean, std):
+def standardise(x, mean, std):
+    """Each channel of x minus its mean, over its deviation, in place: what supervised networks see."""
     for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: a tensor of them would wait
         x[:, channel].sub_(m).div_(s)
     return x
@@ -1969,13 +1955,13 @@ def network_source(model, images, layers=LAYERS, view=None):
     def source(start, stop):
         some, rows = images[start:stop], slice(start, stop)
         if params is None:
-            x = simclr_test(some, size)
+            x = resize(some, size)
         elif simclr:
-            x = simclr_augment(some, size, s["strength"], s["blur"], params=slice_params(params, rows))
+            x = simclr_augment(some, size, slice_params(params, rows), s["blur"])
         else:
-            x = _crop_resize_flip(some, size, slice_params(params, rows))
+            x = imagenet_augment(some, size, slice_params(params, rows))
         if s["method"] == "supervised" or s.get("standardise"):  # our SimCLR networks see [0, 1]
-            x = _standardise(x, s["mean"], s["std"])
+            x = standardise(x, s["mean"], s["std"])
         x = x.contiguous(memory_format=torch.channels_last)
         stream = stream_representations(model, x, any_order=True)
         del x  # no generator here: its frame would hold on to each layer

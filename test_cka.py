@@ -577,11 +577,11 @@ def test_device_purity():
         warnings.simplefilter("ignore")  # autocast says that there is no CUDA here
         images = torch.zeros(6, 3, 40, 24, dtype=torch.uint8, device="cuda")
         z, inputs = torch.zeros(4, 8, device="cuda"), torch.zeros(2, 3, 32, 32, device="cuda")
-        for augment in (functools.partial(common.simclr_augment, blur=False), common.simclr_augment,
-                        common.imagenet_augment, common.simclr_test, common.imagenet_test):
-            results[str(augment)] = [augment(images, 32)]
-        for params in (common.simclr_params, common.imagenet_params):
-            results[params.__name__] = params(4, 32, 32, "cuda").values()
+        params = common.simclr_params(6, 40, 24, "cuda")
+        results["params"] = params.values()  # those of imagenet_params among them
+        results["imagenet_augment"] = [common.imagenet_augment(images, 32, params)]
+        results["simclr_augment"] = [common.simclr_augment(images, 32, params, blur) for blur in (True, False)]
+        results["standardise"] = [common.standardise(common.resize(images, 32), MEAN, STD)]
         with torch.device("cuda"):
             model = common.build_model("simclr", "imagenet").eval()
         results["representations"] = common.representations(model, inputs).values()
@@ -837,11 +837,12 @@ def test_augment_values():
         views, crops = (torch.stack([torchvision_view(image, size, common.slice_params(p, i), blur)
                                      for i, image in enumerate(images)]) for p in (params, boxes))
         there, moved = {name: value.to(device) for name, value in params.items()}, images.to(device)
+        cropped = common.imagenet_augment(moved, size, there)
         for name, got, want in (
-                ("simclr_augment", common.simclr_augment(moved, size, strength, blur, params=there), views),
-                ("imagenet_augment", common.imagenet_augment(moved, size, MEAN, STD, params=there), crops),
-                ("simclr_test", common.simclr_test(moved, size), whole),
-                ("imagenet_test", common.imagenet_test(moved, size, MEAN, STD), standard)):
+                ("simclr_augment", common.simclr_augment(moved, size, there, blur), views),
+                ("imagenet_augment", common.standardise(cropped, MEAN, STD), crops),
+                ("resize", common.resize(moved, size), whole),
+                ("standardise", common.standardise(common.resize(moved, size), MEAN, STD), standard)):
             what = f"{device} float32, {name}, {height} x {width} -> {size}, blur {blur}"
             assert got.dtype == torch.float32 and got.device.type == device.type, what
             assert_close(got, want, 1e-3, what)
@@ -1091,12 +1092,13 @@ def literal_step(method, weights, step, device):
     keys = [common.generator_for(device, "augmentation", seed, step, view) for view in (0, 1)]
     if method == "simclr":
         params = [common.simclr_params(BATCH, 20, 20, device, key, 0.5) for key in keys]
-        views = [common.simclr_augment(images, SIZE, 0.5, False, params=p).cpu().double() for p in params]
+        views = [common.simclr_augment(images, SIZE, p, False).cpu().double() for p in params]
         loss, accuracy = literal_info_nce(*(network(view) for view in views), 0.5)
     else:
         mean, std = common.channel_statistics(data.train_images)
         params = common.imagenet_params(BATCH, 20, 20, device, keys[0])
-        logits = network(common.imagenet_augment(images, SIZE, mean, std, params=params).cpu().double())
+        inputs = common.standardise(common.imagenet_augment(images, SIZE, params), mean, std)
+        logits = network(inputs.cpu().double())
         loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / BATCH
         accuracy = (logits.argmax(1) == labels).double().mean().item()
     return loss.item(), accuracy, torch.autograd.grad(loss, list(network.parameters()))
@@ -1122,7 +1124,7 @@ def test_loops_literal():
         if method == "supervised":
             data = small_data("cpu")
             statistics = common.channel_statistics(data.train_images)
-            inputs = common.imagenet_test(data.test_images, SIZE, *statistics)
+            inputs = common.standardise(common.resize(data.test_images, SIZE), *statistics)
             right = (model.cpu()(inputs).argmax(1) == data.test_labels).double().mean()
             assert_close(records[-1]["test_accuracy"], right, 1e-6, what + "test accuracy")
 
@@ -1816,7 +1818,8 @@ def bench_cka(device, checkpoint=None, rows=ROWS):
     products = functools.partial(torch.mm, matrix, matrix.T)
     print("     m batch  budget MB  image 0  precision   time s  over floor  peak MB  passes  off float32 by")
     for m, batch, memory, factor in rows:
-        images = common.imagenet_test(common.synthetic_images(m, seed=0)[0].to(device), 32)
+        images = common.resize(common.synthetic_images(m, seed=0)[0].to(device), 32)
+        images = common.standardise(images, MEAN, STD)
         images = images.contiguous(memory_format=torch.channels_last)
         images[0] *= factor  # heavy tails
         asked, found, passes = [], {}, {}
@@ -1909,7 +1912,8 @@ def bench_augmentation(size=32, n=512):
         transforms.RandomGrayscale(0.2), transforms.ToTensor()])
     pictures = [transforms.functional.to_pil_image(image) for image in images]
     usual, ours = least_times(torch.device("cpu"), 4, lambda: torch.stack([*map(pipeline, pictures)]),
-                              lambda: common.simclr_augment(images, size, 0.5, False))
+                              lambda: common.simclr_augment(images, size, common.simclr_params(
+                                  n, 32, 32, "cpu", strength=0.5), blur=False))
     print(f"augmentation, {size} px: {n / ours:.0f} images/s, {usual / ours:.1f} times torchvision's")
 
 
