@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import platform
 import re
@@ -540,19 +539,18 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True, stem_padding=1
     return model
 
 
-def representations(model, images, any_order=False):
+def representations(model, images):
     """Every representation of `images` (n, 3, h, w): a dict in depth order, from layer name to (n, p) tensor.
 
     `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
     ReLU (App. A.1); then `head.1` to `head.3`, the layers of a `ProjectionHead`. In the model's own mode.
-    Flattened as (channel, height, width), or `any_order` of memory: quicker, and the same to linear CKA.
     TypeError for a network that is not torchvision's ResNet-50, or whose class changes what that computes.
     """
-    return dict(stream_representations(model, images, any_order))
+    return {name: x.flatten(1) for name, x in stream_representations(model, images)}
 
 
-def stream_representations(model, images, any_order=False):
-    """`representations` one at a time, (name, tensor) pairs, in memory for two blocks instead of sixteen.
+def stream_representations(model, images):
+    """`representations` one by one, not flattened: (name, tensor) pairs, in memory for two blocks, not 16.
 
     It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
@@ -565,12 +563,8 @@ def stream_representations(model, images, any_order=False):
         raise TypeError(f"representations() needs torchvision's ResNet-50, not {type(model).__name__}: not "
                         "wrapped, with no forward of its own and no hook before it")
 
-    def flat(x):
-        last = any_order and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
-
     def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to it afterwards
-        odd.append(flat(output).clone())
+        odd.append(output.clone())
 
     odd = []
     with torch.no_grad():  # never around a yield: the caller would compute without gradients too
@@ -581,7 +575,7 @@ def stream_representations(model, images, any_order=False):
             with torch.no_grad(), block.bn3.register_forward_hook(keep_odd):
                 x = block(x)
             yield f"BG{g}.{b}.odd", odd.pop()
-            yield f"BG{g}.{b}.even", flat(x)
+            yield f"BG{g}.{b}.even", x
     if isinstance(model.fc, ProjectionHead):
         x = model.avgpool(x).flatten(1)
         for i, layer in enumerate(model.fc.layers, 1):
@@ -1944,30 +1938,30 @@ def network_source(model, images, layers=LAYERS, view=None):
 
     It sees `images`, or for `view` 0 or 1 a copy augmented as in training, alike for all of a method.
     """
-    s, size, note, params = model.settings, model.settings["image_size"], "", None
+    s, size, copy = model.settings, model.settings["image_size"], ""
+    simclr = s["method"] == "simclr"
     if view is not None:
         generator = generator_for(images.device, "augmented copy", view)
         shape = len(images), *images.shape[2:], images.device, generator
-        simclr = s["method"] == "simclr"
-        params = simclr_params(*shape, s["strength"]) if simclr else imagenet_params(*shape)
-        note = f", copy {view + 1}"
+        drawn = simclr_params(*shape, s["strength"]) if simclr else imagenet_params(*shape)
+        copy = f", copy {view + 1}"
 
     def source(start, stop):
         some, rows = images[start:stop], slice(start, stop)
-        if params is None:
+        if view is None:
             x = resize(some, size)
         elif simclr:
-            x = simclr_augment(some, size, slice_params(params, rows), s["blur"])
+            x = simclr_augment(some, size, slice_params(drawn, rows), s["blur"])
         else:
-            x = imagenet_augment(some, size, slice_params(params, rows))
-        if s["method"] == "supervised" or s.get("standardise"):  # our SimCLR networks see [0, 1]
+            x = imagenet_augment(some, size, slice_params(drawn, rows))
+        if not simclr or s.get("standardise"):  # our SimCLR networks see [0, 1]
             x = standardise(x, s["mean"], s["std"])
         x = x.contiguous(memory_format=torch.channels_last)
-        stream = stream_representations(model, x, any_order=True)
-        del x  # no generator here: its frame would hold on to each layer
-        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in model.layers))
+        chosen = filter(lambda named: named[0] in layers, stream_representations(model, x))
+        del x  # below: features in the order of memory; a generator's frame would hold on to each layer
+        return map(lambda named: named[1].movedim(1, -1).flatten(1), chosen)
 
-    return [f"{model.name}{note} {layer}" for layer in layers], source
+    return [f"{model.name}{copy} {layer}" for layer in layers], source
 
 
 def measure(args, m, sources):

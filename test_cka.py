@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pickle
 import re
@@ -580,7 +579,8 @@ def test_device_purity():
         params = common.simclr_params(6, 40, 24, "cuda")
         results["params"] = params.values()  # those of imagenet_params among them
         results["imagenet_augment"] = [common.imagenet_augment(images, 32, params)]
-        results["simclr_augment"] = [common.simclr_augment(images, 32, params, blur) for blur in (True, False)]
+        results["simclr_augment"] = [common.simclr_augment(images, 32, params, blur)
+                                     for blur in (True, False)]
         results["standardise"] = [common.standardise(common.resize(images, 32), MEAN, STD)]
         with torch.device("cuda"):
             model = common.build_model("simclr", "imagenet").eval()
@@ -645,14 +645,14 @@ def test_representations_by_hand():
         model.to(device, memory_format=memory_format)
         inputs = images.to(device).contiguous(memory_format=memory_format)
         found = common.representations(model, inputs)
-        shuffled = common.representations(model, inputs, any_order=True)
+        streamed = dict(common.stream_representations(model, inputs))
         assert list(found) == BACKBONE_LAYERS
         for name, hand in zip(BACKBONE_LAYERS, want):
             what = f"{device} float32 {memory_format}, {name}"
             allowed = (1e-4 if device.type == "cpu" else 5e-3) * hand.abs().max().item()  # TF32
             assert found[name].device.type == device.type and not found[name].requires_grad, what
             assert_close(found[name], hand, allowed, what)
-            assert_close(shuffled[name].sort()[0], hand.sort()[0], allowed, f"{what}, any order")
+            assert_close(streamed[name].flatten(1), hand, allowed, f"{what}, streamed")
 
 
 def test_representations_head_and_stems():
@@ -671,7 +671,7 @@ def test_representations_head_and_stems():
     padded = common.build_model("simclr", "cifar", stem_padding=2)
     for network, side in ((plain, 4), (model, 16), (padded, 18)):
         _, found = next(common.stream_representations(network.eval(), images))
-        assert found.shape == (2, 256 * side * side)
+        assert found.shape == (2, 256, side, side)
     state = torch.random.get_rng_state()
     a, again, *others = (
         common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight
@@ -1220,7 +1220,8 @@ def tiny_checkpoints():
     for method in METHODS:
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
-        assert code == 0 and out.count("epoch 2/2") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
+        ended = out.count("epoch 2/2  loss")  # a slow machine also prints steps of an epoch
+        assert code == 0 and ended == 2, f"train_{method}.py: exit code {code}, {out} {err}"
         assert err == "" and "float32 on 1 x cpu, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
@@ -1564,7 +1565,8 @@ def test_ranks():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, "train_simclr.py", *map(str, flags)], cwd=HERE, text=True, timeout=300,
                           capture_output=True)
-    assert done.returncode == 0 and done.stdout.count("epoch 1/2") == 1, done.stdout + done.stderr[-900:]
+    ended = done.stdout.count("epoch 1/2  loss")
+    assert done.returncode == 0 and ended == 1, done.stdout + done.stderr[-900:]
     for record, want in zip(*(log_of(folder / "simclr_seed0.pt") for folder in folders)):
         for name in ("loss", "accuracy"):
             assert_close(record[name], want[name], 1e-3, name)
@@ -1826,8 +1828,8 @@ def bench_cka(device, checkpoint=None, rows=ROWS):
 
         def features(network, start, stop):
             asked.append(stop - start)
-            stream = common.stream_representations(network, images[start:stop], any_order=True)
-            return map(operator.itemgetter(1), stream)  # holds on to nothing
+            stream = common.stream_representations(network, images[start:stop])
+            return map(lambda named: named[1].movedim(1, -1).flatten(1), stream)  # holds on to nothing
 
         def forward_passes():
             for network, part in itertools.product(networks, images.split(256)):

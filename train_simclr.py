@@ -75,8 +75,8 @@ def train(run, data):
             chunks = []  # float32 (2 micro_batch, 3, size, size): first views, then second views
             for start in range(0, len(images), s["micro_batch"]):
                 rows = slice(start, start + s["micro_batch"])
-                views = [simclr_augment(images[rows], s["image_size"], slice_params(p, rows), s["blur"], jitter)
-                         for p in params]
+                views = [simclr_augment(images[rows], s["image_size"], slice_params(p, rows), s["blur"],
+                                        jitter) for p in params]
                 chunks.append(torch.cat(views).contiguous(memory_format=torch.channels_last))
 
             if len(chunks) == 1:

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from common import (LARS, average_statistics, build_model, distributed, generator_for, imagenet_augment,
-                    imagenet_params, load_data, open_run, rank, rank0_first, resize, slice_params, standardise,
-                    sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
+                    imagenet_params, load_data, open_run, rank, rank0_first, resize, slice_params,
+                    standardise, sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
                     writable_folder)
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
