@@ -2031,15 +2031,9 @@ def judge(claims, arrays):
 def replot(args, name, claims, plot):
     """`report` of the .npz in --out; no network is needed."""
     path = figure_folder(args) / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = dict(saved)
-        report(args, name, claims, plot, arrays)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"--replot: {path} is missing, damaged or of another version ({error}); give its "
-                        "folder with --out, or draw anew") from None
+    fault = f"--replot: {path} is missing, damaged or of another version; give --out its folder, or draw anew"
+    with explained(fault, Exception), np.load(path, allow_pickle=False) as saved:
+        report(args, name, claims, plot, dict(saved))
 
 
 def report(args, name, claims, plot, arrays):
@@ -2076,7 +2070,8 @@ def report(args, name, claims, plot, arrays):
              f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
              "more images")
     with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
-        figure = plot(estimators[shown] | {"debiased": args.debiased})
+        kind = "untrained " if arrays["untrained"] else ""
+        figure = plot(estimators[shown] | {"debiased": args.debiased, "kind": kind})
         save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
         write_atomically(f"{path}.png", save)
     plt.close(figure)
