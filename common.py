@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_activations
@@ -50,9 +51,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-matplotlib.use("Agg")  # figures are written to files; no display is needed
-from matplotlib import pyplot as plt  # noqa: E402
 
 # ============================================================================================================
 # 1. Errors, files, device, command line
@@ -2069,22 +2067,19 @@ def report(args, name, claims, plot, arrays):
         warn(f"{arrays['samples']} images are few, which raises biased CKA whatever the networks: here it is "
              f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
              "more images")
-    with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a label is a $
         kind = "untrained " if arrays["untrained"] else ""
         figure = plot(estimators[shown] | {"debiased": args.debiased, "kind": kind})
         save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
         write_atomically(f"{path}.png", save)
-    plt.close(figure)
     print(f"drew {path}.png ({arrays['samples']} test images, {shown} CKA)")
 
 
 def new_figure(arrays, title, panels, widths=None):
     """A figure and its row of axes, of the size all figures share; the title names other images."""
-    size = 4.6 * panels, 4.6
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", width_ratios=widths)
-    images = f"; images of {Path(str(arrays['data'])).name}" if arrays["other_images"] else ""
-    figure.suptitle(title + images)
-    return figure, axes
+    figure = Figure((4.6 * panels, 4.6), layout="constrained")
+    figure.suptitle(title + (f"; images of {arrays['data']}" if arrays["other_images"] else ""))
+    return figure, figure.subplots(1, panels, width_ratios=widths)
 
 
 def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):
