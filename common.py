@@ -494,6 +494,9 @@ def standardise(x, mean, std):
 # every layer through `stream_representations`, one at a time, and other projects through `representations`.
 
 BLOCK_GROUPS = (3, 4, 6, 3)  # bottlenecks per block group, Table 1
+LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
+          for kind in ("odd", "even")]
+HEAD = ["head.1", "head.2", "head.3"]
 
 
 class ProjectionHead(nn.Module):
@@ -540,8 +543,8 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True, stem_padding=1
 def representations(model, images):
     """Every representation of `images` (n, 3, h, w): a dict in depth order, from layer name to (n, p) tensor.
 
-    `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
-    ReLU (App. A.1); then `head.1` to `head.3`, the layers of a `ProjectionHead`. In the model's own mode.
+    `LAYERS`, odd ones after bn3 before the addition, even ones after the block's last ReLU (App. A.1); then
+    `HEAD`, the layers of a `ProjectionHead`. In the model's own mode.
     TypeError for a network that is not torchvision's ResNet-50, or whose class changes what that computes.
     """
     return {name: x.flatten(1) for name, x in stream_representations(model, images)}
@@ -553,9 +556,10 @@ def stream_representations(model, images):
     It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
+    blocks = list(itertools.chain(*groups))
     resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
     steps = [(getattr(model, name, None), getattr(resnet, name)) for name in ("forward", "_forward_impl")]
-    steps += [(block.forward, bottleneck.forward) for group in groups for block in group]
+    steps += [(block.forward, bottleneck.forward) for block in blocks]
     own = any(getattr(step, "__func__", None) is not torchvisions for step, torchvisions in steps)
     if own or tuple(map(len, groups)) != BLOCK_GROUPS or model._forward_pre_hooks:
         raise TypeError(f"representations() needs torchvision's ResNet-50, not {type(model).__name__}: not "
@@ -564,22 +568,21 @@ def stream_representations(model, images):
     def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to it afterwards
         odd.append(output.clone())
 
-    odd = []
+    odd, names = [], iter(LAYERS + HEAD)
     with torch.no_grad():  # never around a yield: the caller would compute without gradients too
         x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
     del images
-    for g, group in enumerate(groups, 1):
-        for b, block in enumerate(group, 1):
-            with torch.no_grad(), block.bn3.register_forward_hook(keep_odd):
-                x = block(x)
-            yield f"BG{g}.{b}.odd", odd.pop()
-            yield f"BG{g}.{b}.even", x
+    for block in blocks:
+        with torch.no_grad(), block.bn3.register_forward_hook(keep_odd):
+            x = block(x)
+        yield next(names), odd.pop()
+        yield next(names), x
     if isinstance(model.fc, ProjectionHead):
         x = model.avgpool(x).flatten(1)
-        for i, layer in enumerate(model.fc.layers, 1):
+        for layer in model.fc.layers:
             with torch.no_grad():
                 x = layer(x)
-            yield f"head.{i}", x
+            yield next(names), x
 
 
 # ============================================================================================================
@@ -1792,9 +1795,6 @@ def _progress(total):
 # their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2), `<key>_debiased`
 # the other, and `<key>_left_out` ten of the biased one, each measured without one tenth of the images.
 
-LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
-          for kind in ("odd", "even")]
-HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
 SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32)
