@@ -317,11 +317,14 @@ def synthetic_images(n, seed):
 # and ranks see what one process with one batch would see.
 
 
-def imagenet_params(n, height, width, device, generator=None):
-    """Crop boxes and flips for n images: {"box": int64 (n, 4) top, left, height, width, "flip": bool (n,)}.
+def draw_params(n, height, width, device, generator=None, strength=1.0):
+    """What is random in the augmentation of n images; `imagenet_augment` uses "box" and "flip" only.
 
-    As torchvision's RandomResizedCrop: area uniform in 8 to 100 %, log aspect uniform between 3/4 and 4/3,
-    the first of ten attempts that fits, else the largest centred box of such an aspect. Flip: p = 0.5.
+    "box": int64 (n, 4) top, left, height, width, as torchvision's RandomResizedCrop: area uniform in 8 to
+    100 %, log aspect uniform between 3/4 and 4/3, the first of ten attempts that fits, else the largest
+    centred box of such an aspect. "factors" (n, 4): brightness, contrast, saturation in 1 +- 0.8 strength,
+    hue in +- 0.2 strength (turns); "order" (n, 4) of these four; "sigma" (n,) of the blur: uniform in
+    [0.1, 2] pixels (SimCLR App. A). "flip", "jitter", "gray", "blur": bool (n,), p = 0.5, 0.8, 0.2, 0.5.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 10, device=device, generator=generator)
@@ -337,25 +340,15 @@ def imagenet_params(n, height, width, device, generator=None):
     top, left, flip = torch.rand(3, n, device=device, generator=generator)
     top = torch.where(fits, (top * (height - h + 1)).floor(), (height - h) // 2)
     left = torch.where(fits, (left * (width - w + 1)).floor(), (width - w) // 2)
-    return {"box": torch.stack([top, left, h, w], 1).long(), "flip": flip < 0.5}
-
-
-def simclr_params(n, height, width, device, generator=None, strength=1.0):
-    """`imagenet_params` and SimCLR's colour distortion and blur (SimCLR App. A) for n images.
-
-    "factors" (n, 4): brightness, contrast, saturation in 1 +- 0.8 strength, hue in +- 0.2 strength (turns);
-    "order" (n, 4): the operations in the order they are applied; "jitter", "gray", "blur": bool (n,), with
-    p = 0.8, 0.2, 0.5; "sigma" (n,): uniform in [0.1, 2] pixels.
-    """
-    params = imagenet_params(n, height, width, device, generator)
     factors = torch.rand(n, 4, device=device, generator=generator)
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     factors[:, :3].mul_(high - low).add_(low)
     factors[:, 3].mul_(0.4 * strength).sub_(0.2 * strength)
     order = torch.rand(n, 4, device=device, generator=generator).argsort(1)
     jitter, gray, blur, sigma = torch.rand(4, n, device=device, generator=generator)
-    return params | {"factors": factors, "order": order, "jitter": jitter < 0.8, "gray": gray < 0.2,
-                     "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
+    return {"box": torch.stack([top, left, h, w], 1).long(), "flip": flip < 0.5, "factors": factors,
+            "order": order, "jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5,
+            "sigma": 0.1 + 1.9 * sigma}
 
 
 def slice_params(params, rows):
@@ -1937,22 +1930,20 @@ def network_source(model, images, layers=LAYERS, view=None):
     It sees `images`, or for `view` 0 or 1 a copy augmented as in training, alike for all of a method.
     """
     s, size, copy = model.settings, model.settings["image_size"], ""
-    simclr = s["method"] == "simclr"
     if view is not None:
-        generator = generator_for(images.device, "augmented copy", view)
-        shape = len(images), *images.shape[2:], images.device, generator
-        drawn = simclr_params(*shape, s["strength"]) if simclr else imagenet_params(*shape)
+        generator, strength = generator_for(images.device, "augmented copy", view), s.get("strength") or 0
+        drawn = draw_params(len(images), *images.shape[2:], images.device, generator, strength)
         copy = f", copy {view + 1}"
 
     def source(start, stop):
         some, rows = images[start:stop], slice(start, stop)
         if view is None:
             x = resize(some, size)
-        elif simclr:
+        elif s["method"] == "simclr":
             x = simclr_augment(some, size, slice_params(drawn, rows), s["blur"])
         else:
             x = imagenet_augment(some, size, slice_params(drawn, rows))
-        if not simclr or s.get("standardise"):  # our SimCLR networks see [0, 1]
+        if s["method"] == "supervised" or s.get("standardise"):  # our SimCLR networks see [0, 1]
             x = standardise(x, s["mean"], s["std"])
         x = x.contiguous(memory_format=torch.channels_last)
         chosen = filter(lambda named: named[0] in layers, stream_representations(model, x))

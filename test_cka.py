@@ -576,8 +576,8 @@ def test_device_purity():
         warnings.simplefilter("ignore")  # autocast says that there is no CUDA here
         images = torch.zeros(6, 3, 40, 24, dtype=torch.uint8, device="cuda")
         z, inputs = torch.zeros(4, 8, device="cuda"), torch.zeros(2, 3, 32, 32, device="cuda")
-        params = common.simclr_params(6, 40, 24, "cuda")
-        results["params"] = params.values()  # those of imagenet_params among them
+        params = common.draw_params(6, 40, 24, "cuda")
+        results["params"] = params.values()
         results["imagenet_augment"] = [common.imagenet_augment(images, 32, params)]
         results["simclr_augment"] = [common.simclr_augment(images, 32, params, blur)
                                      for blur in (True, False)]
@@ -830,7 +830,7 @@ def test_augment_values():
     for (height, width, size, strength, blur), device in itertools.product(
             (*cases, (20, 30, 40, 1, False)), DEVICES):
         images = some_images(g, 16, height, width)
-        params = common.simclr_params(16, height, width, "cpu", g, strength)
+        params = common.draw_params(16, height, width, "cpu", g, strength)
         boxes = {name: params[name] for name in ("box", "flip")}
         whole = TF.resize(images.float() / 255, [size, size], antialias=True)
         standard = TF.normalize(whole, MEAN, STD)
@@ -856,7 +856,7 @@ def test_augment_distribution():
     for height, width, draws in ((32, 32, 6000), (64, 24, 2000), (200, 10, 500)):
         image, crop = torch.zeros(3, height, width), torchvision.transforms.RandomResizedCrop
         reference = [crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(draws)]
-        params = common.imagenet_params(40000, height, width, "cpu", g)
+        params = common.draw_params(40000, height, width, "cpu", g)
         boxes = params["box"].numpy().astype(float)
         assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
         for name, measure in measures.items():
@@ -864,7 +864,7 @@ def test_augment_distribution():
             assert_same_distribution(got, want, f"{name} of {height} x {width}")
         assert_rate(params["flip"], 0.5, "flip")
     for strength in (0.5, 1.0, 1.5):
-        p = common.simclr_params(20000, 32, 32, "cpu", g, strength)
+        p = common.draw_params(20000, 32, 32, "cpu", g, strength)
         ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3
         ranges += [(-0.2 * strength, 0.2 * strength), (0.1, 2.0)]
         for i, (low, high) in enumerate(ranges):
@@ -1091,12 +1091,12 @@ def literal_step(method, weights, step, device):
     images, labels = data.train_images[rows], data.train_labels[rows].cpu()
     keys = [common.generator_for(device, "augmentation", seed, step, view) for view in (0, 1)]
     if method == "simclr":
-        params = [common.simclr_params(BATCH, 20, 20, device, key, 0.5) for key in keys]
+        params = [common.draw_params(BATCH, 20, 20, device, key, 0.5) for key in keys]
         views = [common.simclr_augment(images, SIZE, p, False).cpu().double() for p in params]
         loss, accuracy = literal_info_nce(*(network(view) for view in views), 0.5)
     else:
         mean, std = common.channel_statistics(data.train_images)
-        params = common.imagenet_params(BATCH, 20, 20, device, keys[0])
+        params = common.draw_params(BATCH, 20, 20, device, keys[0])
         inputs = common.standardise(common.imagenet_augment(images, SIZE, params), mean, std)
         logits = network(inputs.cpu().double())
         loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / BATCH
@@ -1914,7 +1914,7 @@ def bench_augmentation(size=32, n=512):
         transforms.RandomGrayscale(0.2), transforms.ToTensor()])
     pictures = [transforms.functional.to_pil_image(image) for image in images]
     usual, ours = least_times(torch.device("cpu"), 4, lambda: torch.stack([*map(pipeline, pictures)]),
-                              lambda: common.simclr_augment(images, size, common.simclr_params(
+                              lambda: common.simclr_augment(images, size, common.draw_params(
                                   n, 32, 32, "cpu", strength=0.5), blur=False))
     print(f"augmentation, {size} px: {n / ours:.0f} images/s, {usual / ours:.1f} times torchvision's")
 

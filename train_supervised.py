@@ -14,8 +14,8 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
-from common import (LARS, average_statistics, build_model, distributed, generator_for, imagenet_augment,
-                    imagenet_params, load_data, open_run, rank, rank0_first, resize, slice_params,
+from common import (LARS, average_statistics, build_model, distributed, draw_params, generator_for,
+                    imagenet_augment, load_data, open_run, rank, rank0_first, resize, slice_params,
                     standardise, sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
                     writable_folder)
 
@@ -67,7 +67,7 @@ def train(run, data):
 
             # drawn for the whole batch, so that they do not depend on its division among processes
             generator = generator_for(device, "augmentation", seed, step, 0)
-            params = imagenet_params(batch_size, *images.shape[2:], device, generator)
+            params = draw_params(batch_size, *images.shape[2:], device, generator)
             params = slice_params(params, run.rows)
 
             loss, accuracy = torch.zeros((), device=device), torch.zeros((), device=device)
