@@ -1903,9 +1903,6 @@ def load_networks(args, method, device):
     for path in paths:
         model = load_model(path, device, method, **options)
         s = model.settings
-        for other in models if not args.untrained else ():  # a copy would pass for another seed
-            if all(map(torch.equal, model.parameters(), other.parameters())):
-                raise UserError(f"{path}: the same network as {other.name}; give each once")
         if given and "preset" in s:
             raise UserError(f"--{given[0]} is for state dicts, and {path} knows its own; for the other side "
                             f"alone there are --simclr-{given[0]} and --supervised-{given[0]}")
@@ -1919,6 +1916,9 @@ def load_networks(args, method, device):
             s |= {"epoch": 0, "untrained": True, "seed": seed}
             fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
             model.load_state_dict(fresh.state_dict(), strict=False)  # a state dict's network has no head
+        for other in models:  # a copy would pass for another seed
+            if all(map(torch.equal, model.parameters(), other.parameters())):
+                raise UserError(f"{path}: the same network as {other.name}; give each once")
         model.layers = LAYERS + (HEAD if isinstance(model.fc, ProjectionHead) else [])
         models.append(model)
     return models

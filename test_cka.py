@@ -1713,6 +1713,7 @@ def test_figures_refused():
                 ("fig2_cross.py", ["--simclr", ours, theirs], ["--supervised", "fig1_internal.py"]),
                 ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised"]),
                 ("fig1_internal.py", ["--simclr", ours, ours], ["the same network"]),
+                ("fig1_internal.py", ["--simclr", ours, moved, "--untrained"], ["the same network"]),
                 ("fig1_internal.py", ["--simclr", ours, "--samples", 999], ["--samples 999", "test set"]),
                 ("fig1_internal.py", ["--simclr", ours, "--image-size", 16], ["--image-size", str(ours)]),
                 ("fig1_internal.py", ["--simclr", ours, "--simclr-mean", 0, 0, 0], ["--mean", "state dict"]),
