@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import platform
 import re
@@ -43,12 +42,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_activations
-
-matplotlib.use("Agg")  # figures are written to files; no display is needed
-from matplotlib import pyplot as plt  # noqa: E402
 
 # ============================================================================================================
 # 1. Errors, files, device, command line
@@ -180,7 +177,6 @@ def writable_folder(folder):
 # What every script reads: `load_data` gives the training and test images of CIFAR-10, of a folder or of a
 # synthetic set, whole and on the device. Nothing is guessed: a folder laid out in another way is refused.
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # its training images, in [0, 1]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published ResNet-50s expect
 LAYOUT = ("expected train/<class>/ and test/<class>/ with images; or cifar-10-python.tar.gz, which "
           "--download fetches into an empty or new folder; or --data synthetic")
@@ -313,11 +309,14 @@ def synthetic_images(n, seed):
 # and ranks see what one process with one batch would see.
 
 
-def imagenet_params(n, height, width, device, generator=None):
-    """Crop boxes and flips for n images: {"box": int64 (n, 4) top, left, height, width, "flip": bool (n,)}.
+def draw_params(n, height, width, device, generator=None, strength=1.0):
+    """What is random in the augmentation of n images; `imagenet_augment` uses "box" and "flip" only.
 
-    As torchvision's RandomResizedCrop: area uniform in 8 to 100 %, log aspect uniform between 3/4 and 4/3,
-    the first of ten attempts that fits, else the largest centred box of such an aspect. Flip: p = 0.5.
+    "box": int64 (n, 4) top, left, height, width, as torchvision's RandomResizedCrop: area uniform in 8 to
+    100 %, log aspect uniform between 3/4 and 4/3, the first of ten attempts that fits, else the largest
+    centred box of such an aspect. "factors" (n, 4): brightness, contrast, saturation in 1 +- 0.8 strength,
+    hue in +- 0.2 strength (turns); "order" (n, 4) of these four; "sigma" (n,) of the blur: uniform in
+    [0.1, 2] pixels (SimCLR App. A). "flip", "jitter", "gray", "blur": bool (n,), p = 0.5, 0.8, 0.2, 0.5.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 10, device=device, generator=generator)
@@ -333,25 +332,15 @@ def imagenet_params(n, height, width, device, generator=None):
     top, left, flip = torch.rand(3, n, device=device, generator=generator)
     top = torch.where(fits, (top * (height - h + 1)).floor(), (height - h) // 2)
     left = torch.where(fits, (left * (width - w + 1)).floor(), (width - w) // 2)
-    return {"box": torch.stack([top, left, h, w], 1).long(), "flip": flip < 0.5}
-
-
-def simclr_params(n, height, width, device, generator=None, strength=1.0):
-    """`imagenet_params` and SimCLR's colour distortion and blur (SimCLR App. A) for n images.
-
-    "factors" (n, 4): brightness, contrast, saturation in 1 +- 0.8 strength, hue in +- 0.2 strength (turns);
-    "order" (n, 4): the operations in the order they are applied; "jitter", "gray", "blur": bool (n,), with
-    p = 0.8, 0.2, 0.5; "sigma" (n,): uniform in [0.1, 2] pixels.
-    """
-    params = imagenet_params(n, height, width, device, generator)
     factors = torch.rand(n, 4, device=device, generator=generator)
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     factors[:, :3].mul_(high - low).add_(low)
     factors[:, 3].mul_(0.4 * strength).sub_(0.2 * strength)
     order = torch.rand(n, 4, device=device, generator=generator).argsort(1)
     jitter, gray, blur, sigma = torch.rand(4, n, device=device, generator=generator)
-    return params | {"factors": factors, "order": order, "jitter": jitter < 0.8, "gray": gray < 0.2,
-                     "blur": blur < 0.5, "sigma": 0.1 + 1.9 * sigma}
+    return {"box": torch.stack([top, left, h, w], 1).long(), "flip": flip < 0.5, "factors": factors,
+            "order": order, "jitter": jitter < 0.8, "gray": gray < 0.2, "blur": blur < 0.5,
+            "sigma": 0.1 + 1.9 * sigma}
 
 
 def slice_params(params, rows):
@@ -375,19 +364,12 @@ def _resize_matrix(start, length, size_in, size_out, flip):
     return weights / weights.sum(2, keepdim=True)
 
 
-def _separable(images, rows, columns):
-    """images (n, 3, h, w), rows (n, H, h), columns (n, W, w) -> (n, 3, H, W): one matrix along each side."""
-    n, c, h, w = images.shape
-    images = torch.bmm(images.reshape(n, c * h, w), columns.transpose(1, 2))  # (n, 3h, W)
-    return torch.matmul(rows.unsqueeze(1), images.view(n, c, h, columns.shape[1]))
-
-
-def _crop_resize_flip(images, size, params):
-    """uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]: its box, resized, perhaps mirrored."""
+def imagenet_augment(images, size, params):
+    """Crop, resize and flip (footnote 3): uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]."""
     top, left, height, width = params["box"].unbind(1)
     rows = _resize_matrix(top, height, images.shape[2], size, torch.zeros_like(params["flip"]))
     columns = _resize_matrix(left, width, images.shape[3], size, params["flip"])
-    return _separable(images.float().div_(255), rows, columns)
+    return rows[:, None] @ (images.float().div_(255) @ columns[:, None].mT)
 
 
 def _luma(x):
@@ -450,47 +432,34 @@ def _blur_matrix(size, kernel_size, sigma, active):
     return matrix.scatter_add_(2, source, weights[:, None].expand(-1, size, -1))
 
 
-def simclr_augment(images, size, strength=1.0, blur=True, params=None, jitter=color_jitter):
-    """SimCLR's training views: float32 (n, 3, size, size) in [0, 1] from uint8 (n, 3, h, w), same device.
+def simclr_augment(images, size, params, blur=True, jitter=color_jitter):
+    """SimCLR's training views: uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1].
 
     Crop, flip, colour jitter, gray and, if `blur`, Gaussian blur with a kernel of size // 10 pixels, made odd
-    (SimCLR App. A), by torchvision's definitions without its rounding to uint8. Every image has its own
-    parameters, by `simclr_params` unless given. `jitter`: what torch.compile made of `color_jitter`, say.
+    (SimCLR App. A), by torchvision's definitions without its rounding to uint8. `jitter`: what torch.compile
+    made of `color_jitter`, say.
     """
-    if params is None:
-        params = simclr_params(len(images), *images.shape[2:], images.device, strength=strength)
     n = max(4, 2 ** 18 // (3 * size * size))
     if images.device.type == "cpu" and len(images) > n:  # twice as fast on pieces that fit a CPU's cache
         pieces = [slice(start, start + n) for start in range(0, len(images), n)]
-        return torch.cat([simclr_augment(images[piece], size, strength, blur, slice_params(params, piece),
-                                         jitter) for piece in pieces])
-    x = jitter(_crop_resize_flip(images, size, params), params)
+        return torch.cat([simclr_augment(images[piece], size, slice_params(params, piece), blur, jitter)
+                          for piece in pieces])
+    x = jitter(imagenet_augment(images, size, params), params)
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
-        matrix = _blur_matrix(size, kernel_size, params["sigma"], params["blur"])
-        x = _separable(x, matrix, matrix)
+        matrix = _blur_matrix(size, kernel_size, params["sigma"], params["blur"])[:, None]
+        x = matrix @ (x @ matrix.mT)
     return x
 
 
-def imagenet_augment(images, size, mean=CIFAR_MEAN, std=CIFAR_STD, params=None):
-    """Supervised training images (footnote 3), crop, flip, standardisation: float32 (n, 3, size, size)."""
-    if params is None:
-        params = imagenet_params(len(images), *images.shape[2:], images.device)
-    return _standardise(_crop_resize_flip(images, size, params), mean, std)
-
-
-def simclr_test(images, size):
-    """SimCLR's test images: the whole image resized; float32 (n, 3, size, size) in [0, 1]."""
+def resize(images, size):
+    """Test images, whole: uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]."""
     return F.interpolate(images.float().div_(255), (size, size), mode="bilinear", antialias=True)
 
 
-def imagenet_test(images, size, mean=CIFAR_MEAN, std=CIFAR_STD):
-    """The supervised test images: the whole image resized and standardised; float32 (n, 3, size, size)."""
-    return _standardise(simclr_test(images, size), mean, std)
-
-
-def _standardise(x, mean, std):
+def standardise(x, mean, std):
+    """Each channel of x minus its mean, over its deviation, in place: what supervised networks see."""
     for channel, (m, s) in enumerate(zip(mean, std)):  # plain numbers: a tensor of them would wait
         x[:, channel].sub_(m).div_(s)
     return x
@@ -503,6 +472,9 @@ def _standardise(x, mean, std):
 # every layer through `stream_representations`, one at a time, and other projects through `representations`.
 
 BLOCK_GROUPS = (3, 4, 6, 3)  # bottlenecks per block group, Table 1
+LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
+          for kind in ("odd", "even")]
+HEAD = ["head.1", "head.2", "head.3"]
 
 
 class ProjectionHead(nn.Module):
@@ -546,58 +518,49 @@ def build_model(method, stem, classes=10, seed=0, zero_init=True, stem_padding=1
     return model
 
 
-def representations(model, images, any_order=False):
+def representations(model, images):
     """Every representation of `images` (n, 3, h, w): a dict in depth order, from layer name to (n, p) tensor.
 
-    `BG1.1.odd`, `BG1.1.even`, ..., `BG4.3.even`: after bn3 before the addition, and after the block's last
-    ReLU (App. A.1); then `head.1` to `head.3`, the layers of a `ProjectionHead`. In the model's own mode.
-    Flattened as (channel, height, width), or `any_order` of memory: quicker, and the same to linear CKA.
+    `LAYERS`, odd ones after bn3 before the addition, even ones after the block's last ReLU (App. A.1); then
+    `HEAD`, the layers of a `ProjectionHead`. In the model's own mode.
     TypeError for a network that is not torchvision's ResNet-50, or whose class changes what that computes.
     """
-    return dict(stream_representations(model, images, any_order))
+    return {name: x.flatten(1) for name, x in stream_representations(model, images)}
 
 
-def stream_representations(model, images, any_order=False):
-    """`representations` one at a time, (name, tensor) pairs, in memory for two blocks instead of sixteen.
+def stream_representations(model, images):
+    """`representations` one by one, not flattened: (name, tensor) pairs, in memory for two blocks, not 16.
 
     It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
     groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
+    blocks = list(itertools.chain(*groups))
     resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
     steps = [(getattr(model, name, None), getattr(resnet, name)) for name in ("forward", "_forward_impl")]
-    steps += [(block.forward, bottleneck.forward) for group in groups for block in group]
+    steps += [(block.forward, bottleneck.forward) for block in blocks]
     own = any(getattr(step, "__func__", None) is not torchvisions for step, torchvisions in steps)
     if own or tuple(map(len, groups)) != BLOCK_GROUPS or model._forward_pre_hooks:
         raise TypeError(f"representations() needs torchvision's ResNet-50, not {type(model).__name__}: not "
                         "wrapped, with no forward of its own and no hook before it")
 
-    def flat(x):
-        last = any_order and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
-
     def keep_odd(module, inputs, output):  # a copy: torchvision adds the identity to it afterwards
-        odd.append(flat(output).clone())
+        odd.append(output.clone())
 
-    odd = []
+    odd, names = [], iter(LAYERS + HEAD)
     with torch.no_grad():  # never around a yield: the caller would compute without gradients too
         x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
     del images
-    for g, group in enumerate(groups, 1):
-        for b, block in enumerate(group, 1):
-            handle = block.bn3.register_forward_hook(keep_odd)
-            try:
-                with torch.no_grad():
-                    x = block(x)
-            finally:
-                handle.remove()
-            yield f"BG{g}.{b}.odd", odd.pop()
-            yield f"BG{g}.{b}.even", flat(x)
+    for block in blocks:
+        with torch.no_grad(), block.bn3.register_forward_hook(keep_odd):
+            x = block(x)
+        yield next(names), odd.pop()
+        yield next(names), x
     if isinstance(model.fc, ProjectionHead):
         x = model.avgpool(x).flatten(1)
-        for i, layer in enumerate(model.fc.layers, 1):
+        for layer in model.fc.layers:
             with torch.no_grad():
                 x = layer(x)
-            yield f"head.{i}", x
+            yield next(names), x
 
 
 # ============================================================================================================
@@ -1760,9 +1723,6 @@ def _progress(total):
 # their verdicts, files, drawing. In an .npz a plain key holds the biased value of Eq. (2), `<key>_debiased`
 # the other, and `<key>_left_out` ten of the biased one, each measured without one tenth of the images.
 
-LAYERS = [f"BG{g}.{b}.{kind}" for g, count in enumerate(BLOCK_GROUPS, 1) for b in range(1, count + 1)
-          for kind in ("odd", "even")]
-HEAD = ["head.1", "head.2", "head.3"]
 ODD, EVEN = slice(0, 32, 2), slice(1, 32, 2)  # of the 32 layers
 GROUP = np.repeat([1, 2, 3, 4], BLOCK_GROUPS)  # block group of each of the 16 odd or even layers
 SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32)
@@ -1878,9 +1838,6 @@ def load_networks(args, method, device):
     for path in paths:
         model = load_model(path, device, method, **options)
         s = model.settings
-        for other in models if not args.untrained else ():  # a copy would pass for another seed
-            if all(map(torch.equal, model.parameters(), other.parameters())):
-                raise UserError(f"{path}: the same network as {other.name}; give each once")
         if given and "preset" in s:
             raise UserError(f"--{given[0]} is for state dicts, and {path} knows its own; for the other side "
                             f"alone there are --simclr-{given[0]} and --supervised-{given[0]}")
@@ -1894,6 +1851,9 @@ def load_networks(args, method, device):
             s |= {"epoch": 0, "untrained": True, "seed": seed}
             fresh = build_model(s["method"], s["stem"], max(1, len(s["classes"])), seed, zero_init=False)
             model.load_state_dict(fresh.state_dict(), strict=False)  # a state dict's network has no head
+        for other in models:  # a copy would pass for another seed
+            if all(map(torch.equal, model.parameters(), other.parameters())):
+                raise UserError(f"{path}: the same network as {other.name}; give each once")
         model.layers = LAYERS + (HEAD if isinstance(model.fc, ProjectionHead) else [])
         models.append(model)
     return models
@@ -1904,30 +1864,28 @@ def network_source(model, images, layers=LAYERS, view=None):
 
     It sees `images`, or for `view` 0 or 1 a copy augmented as in training, alike for all of a method.
     """
-    s, size, note, params = model.settings, model.settings["image_size"], "", None
+    s, size, copy = model.settings, model.settings["image_size"], ""
     if view is not None:
-        generator = generator_for(images.device, "augmented copy", view)
-        shape = len(images), *images.shape[2:], images.device, generator
-        simclr = s["method"] == "simclr"
-        params = simclr_params(*shape, s["strength"]) if simclr else imagenet_params(*shape)
-        note = f", copy {view + 1}"
+        generator, strength = generator_for(images.device, "augmented copy", view), s.get("strength") or 0
+        drawn = draw_params(len(images), *images.shape[2:], images.device, generator, strength)
+        copy = f", copy {view + 1}"
 
     def source(start, stop):
         some, rows = images[start:stop], slice(start, stop)
-        if params is None:
-            x = simclr_test(some, size)
-        elif simclr:
-            x = simclr_augment(some, size, s["strength"], s["blur"], params=slice_params(params, rows))
+        if view is None:
+            x = resize(some, size)
+        elif s["method"] == "simclr":
+            x = simclr_augment(some, size, slice_params(drawn, rows), s["blur"])
         else:
-            x = _crop_resize_flip(some, size, slice_params(params, rows))
+            x = imagenet_augment(some, size, slice_params(drawn, rows))
         if s["method"] == "supervised" or s.get("standardise"):  # our SimCLR networks see [0, 1]
-            x = _standardise(x, s["mean"], s["std"])
+            x = standardise(x, s["mean"], s["std"])
         x = x.contiguous(memory_format=torch.channels_last)
-        stream = stream_representations(model, x, any_order=True)
-        del x  # no generator here: its frame would hold on to each layer
-        return itertools.compress(map(operator.itemgetter(1), stream), (x in layers for x in model.layers))
+        chosen = filter(lambda named: named[0] in layers, stream_representations(model, x))
+        del x  # below: features in the order of memory; a generator's frame would hold on to each layer
+        return map(lambda named: named[1].movedim(1, -1).flatten(1), chosen)
 
-    return [f"{model.name}{note} {layer}" for layer in layers], source
+    return [f"{model.name}{copy} {layer}" for layer in layers], source
 
 
 def measure(args, m, sources):
@@ -1997,15 +1955,9 @@ def judge(claims, arrays):
 def replot(args, name, claims, plot):
     """`report` of the .npz in --out; no network is needed."""
     path = figure_folder(args) / f"{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = dict(saved)
-        report(args, name, claims, plot, arrays)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files fail in many ways
-        raise UserError(f"--replot: {path} is missing, damaged or of another version ({error}); give its "
-                        "folder with --out, or draw anew") from None
+    fault = f"--replot: {path} is missing, damaged or of another version; give --out its folder, or draw anew"
+    with explained(fault, Exception), np.load(path, allow_pickle=False) as saved:
+        report(args, name, claims, plot, dict(saved))
 
 
 def report(args, name, claims, plot, arrays):
@@ -2041,21 +1993,19 @@ def report(args, name, claims, plot, arrays):
         warn(f"{arrays['samples']} images are few, which raises biased CKA whatever the networks: here it is "
              f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
              "more images")
-    with plt.rc_context({"text.parse_math": False}):  # a $ in a label is a $
-        figure = plot(estimators[shown] | {"debiased": args.debiased})
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a label is a $
+        kind = "untrained " if arrays["untrained"] else ""
+        figure = plot(estimators[shown] | {"debiased": args.debiased, "kind": kind})
         save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
         write_atomically(f"{path}.png", save)
-    plt.close(figure)
     print(f"drew {path}.png ({arrays['samples']} test images, {shown} CKA)")
 
 
 def new_figure(arrays, title, panels, widths=None):
     """A figure and its row of axes, of the size all figures share; the title names other images."""
-    size = 4.6 * panels, 4.6
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", width_ratios=widths)
-    images = f"; images of {Path(str(arrays['data'])).name}" if arrays["other_images"] else ""
-    figure.suptitle(title + images)
-    return figure, axes
+    figure = Figure((4.6 * panels, 4.6), layout="constrained")
+    figure.suptitle(title + (f"; images of {arrays['data']}" if arrays["other_images"] else ""))
+    return figure, figure.subplots(1, panels, width_ratios=widths)
 
 
 def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):

@@ -62,8 +62,8 @@ def plot(method, arrays):
     what = f"mean of {count} pair{'' if count == 1 else 's'}"
     if len(networks) == 1:
         what = f"{networks[0]} with itself"
-    kind = "untrained " if arrays["untrained"] else ""
-    figure, axes = new_figure(arrays, f"CKA between layers of {kind}{label} networks: {what}", panels=3)
+    title = f"CKA between layers of {arrays['kind']}{label} networks: {what}"
+    figure, axes = new_figure(arrays, title, panels=3)
     titles = [f"{label}, {layers} layers" for layers in ("all", "odd", "even")]
     down, across = networks if len(networks) == 2 else (label, label)  # one pair: which is which
     cka_heatmaps(axes, [mean, mean[ODD, ODD], mean[EVEN, EVEN]], titles, f"{across} layer", f"{down} layer",

@@ -92,8 +92,7 @@ def plot(arrays):
     pairs, rows, columns = arrays["pairs"], arrays["label_simclr"], arrays["label_supervised"]
     mean, even = pairs.mean(0), pairs[:, EVEN, EVEN]
     count = f"mean of {len(pairs)} pair{'' if len(pairs) == 1 else 's'}"
-    kind = "untrained " if arrays["untrained"] else ""
-    title = f"CKA between {rows} and {columns} layers: {count} of {kind}networks"
+    title = f"CKA between {rows} and {columns} layers: {count} of {arrays['kind']}networks"
     figure, axes = new_figure(arrays, title, panels=3)
     cka_heatmaps(axes[:2], [mean[ODD, ODD], mean[EVEN, EVEN]], ["odd layers", "even layers"],
                  f"{columns} layer", f"{rows} layer", arrays["debiased"])

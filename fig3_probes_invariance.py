@@ -174,8 +174,7 @@ def claims(arrays):
 def plot(arrays):
     """The three panels, from what the .npz holds."""
     sides = [f"{arrays[f'label_{method}']} {len(arrays[f'probe_{method}'])}" for method in NAMES]
-    kind = "untrained " if arrays["untrained"] else ""
-    title = f"Mean and standard deviation over {kind}networks: {', '.join(sides)}"
+    title = f"Mean and standard deviation over {arrays['kind']}networks: {', '.join(sides)}"
     figure, axes = new_figure(arrays, title, panels=3)
     cka = "debiased CKA" if arrays["debiased"] else "CKA"
     panels = (("probe", "Linear probes", "test accuracy"),

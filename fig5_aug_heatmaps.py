@@ -54,8 +54,7 @@ def plot(arrays):
     """The two panels, from what the .npz holds."""
     figure, axes = new_figure(arrays, "CKA between two augmented copies of the test set", panels=2,
                               widths=[len(arrays[method]) for method in METHODS])
-    kind = "untrained " if arrays["untrained"] else ""
-    titles = [f"{kind}{arrays[f'label_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
+    titles = [f"{arrays['kind']}{arrays[f'label_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
               for method in METHODS]
     cka_heatmaps(axes, [arrays[method] for method in METHODS], titles, "layer, second copy",
                  "layer, first copy", arrays["debiased"])

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import pickle
 import re
@@ -577,11 +576,12 @@ def test_device_purity():
         warnings.simplefilter("ignore")  # autocast says that there is no CUDA here
         images = torch.zeros(6, 3, 40, 24, dtype=torch.uint8, device="cuda")
         z, inputs = torch.zeros(4, 8, device="cuda"), torch.zeros(2, 3, 32, 32, device="cuda")
-        for augment in (functools.partial(common.simclr_augment, blur=False), common.simclr_augment,
-                        common.imagenet_augment, common.simclr_test, common.imagenet_test):
-            results[str(augment)] = [augment(images, 32)]
-        for params in (common.simclr_params, common.imagenet_params):
-            results[params.__name__] = params(4, 32, 32, "cuda").values()
+        params = common.draw_params(6, 40, 24, "cuda")
+        results["params"] = params.values()
+        results["imagenet_augment"] = [common.imagenet_augment(images, 32, params)]
+        results["simclr_augment"] = [common.simclr_augment(images, 32, params, blur)
+                                     for blur in (True, False)]
+        results["standardise"] = [common.standardise(common.resize(images, 32), MEAN, STD)]
         with torch.device("cuda"):
             model = common.build_model("simclr", "imagenet").eval()
         results["representations"] = common.representations(model, inputs).values()
@@ -645,14 +645,14 @@ def test_representations_by_hand():
         model.to(device, memory_format=memory_format)
         inputs = images.to(device).contiguous(memory_format=memory_format)
         found = common.representations(model, inputs)
-        shuffled = common.representations(model, inputs, any_order=True)
+        streamed = dict(common.stream_representations(model, inputs))
         assert list(found) == BACKBONE_LAYERS
         for name, hand in zip(BACKBONE_LAYERS, want):
             what = f"{device} float32 {memory_format}, {name}"
             allowed = (1e-4 if device.type == "cpu" else 5e-3) * hand.abs().max().item()  # TF32
             assert found[name].device.type == device.type and not found[name].requires_grad, what
             assert_close(found[name], hand, allowed, what)
-            assert_close(shuffled[name].sort()[0], hand.sort()[0], allowed, f"{what}, any order")
+            assert_close(streamed[name].flatten(1), hand, allowed, f"{what}, streamed")
 
 
 def test_representations_head_and_stems():
@@ -671,7 +671,7 @@ def test_representations_head_and_stems():
     padded = common.build_model("simclr", "cifar", stem_padding=2)
     for network, side in ((plain, 4), (model, 16), (padded, 18)):
         _, found = next(common.stream_representations(network.eval(), images))
-        assert found.shape == (2, 256 * side * side)
+        assert found.shape == (2, 256, side, side)
     state = torch.random.get_rng_state()
     a, again, *others = (
         common.build_model(method, "imagenet", seed=seed).layer1[0].conv1.weight
@@ -830,18 +830,19 @@ def test_augment_values():
     for (height, width, size, strength, blur), device in itertools.product(
             (*cases, (20, 30, 40, 1, False)), DEVICES):
         images = some_images(g, 16, height, width)
-        params = common.simclr_params(16, height, width, "cpu", g, strength)
+        params = common.draw_params(16, height, width, "cpu", g, strength)
         boxes = {name: params[name] for name in ("box", "flip")}
         whole = TF.resize(images.float() / 255, [size, size], antialias=True)
         standard = TF.normalize(whole, MEAN, STD)
         views, crops = (torch.stack([torchvision_view(image, size, common.slice_params(p, i), blur)
                                      for i, image in enumerate(images)]) for p in (params, boxes))
         there, moved = {name: value.to(device) for name, value in params.items()}, images.to(device)
+        cropped = common.imagenet_augment(moved, size, there)
         for name, got, want in (
-                ("simclr_augment", common.simclr_augment(moved, size, strength, blur, params=there), views),
-                ("imagenet_augment", common.imagenet_augment(moved, size, MEAN, STD, params=there), crops),
-                ("simclr_test", common.simclr_test(moved, size), whole),
-                ("imagenet_test", common.imagenet_test(moved, size, MEAN, STD), standard)):
+                ("simclr_augment", common.simclr_augment(moved, size, there, blur), views),
+                ("imagenet_augment", common.standardise(cropped, MEAN, STD), crops),
+                ("resize", common.resize(moved, size), whole),
+                ("standardise", common.standardise(common.resize(moved, size), MEAN, STD), standard)):
             what = f"{device} float32, {name}, {height} x {width} -> {size}, blur {blur}"
             assert got.dtype == torch.float32 and got.device.type == device.type, what
             assert_close(got, want, 1e-3, what)
@@ -855,7 +856,7 @@ def test_augment_distribution():
     for height, width, draws in ((32, 32, 6000), (64, 24, 2000), (200, 10, 500)):
         image, crop = torch.zeros(3, height, width), torchvision.transforms.RandomResizedCrop
         reference = [crop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(draws)]
-        params = common.imagenet_params(40000, height, width, "cpu", g)
+        params = common.draw_params(40000, height, width, "cpu", g)
         boxes = params["box"].numpy().astype(float)
         assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
         for name, measure in measures.items():
@@ -863,7 +864,7 @@ def test_augment_distribution():
             assert_same_distribution(got, want, f"{name} of {height} x {width}")
         assert_rate(params["flip"], 0.5, "flip")
     for strength in (0.5, 1.0, 1.5):
-        p = common.simclr_params(20000, 32, 32, "cpu", g, strength)
+        p = common.draw_params(20000, 32, 32, "cpu", g, strength)
         ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3
         ranges += [(-0.2 * strength, 0.2 * strength), (0.1, 2.0)]
         for i, (low, high) in enumerate(ranges):
@@ -1090,13 +1091,14 @@ def literal_step(method, weights, step, device):
     images, labels = data.train_images[rows], data.train_labels[rows].cpu()
     keys = [common.generator_for(device, "augmentation", seed, step, view) for view in (0, 1)]
     if method == "simclr":
-        params = [common.simclr_params(BATCH, 20, 20, device, key, 0.5) for key in keys]
-        views = [common.simclr_augment(images, SIZE, 0.5, False, params=p).cpu().double() for p in params]
+        params = [common.draw_params(BATCH, 20, 20, device, key, 0.5) for key in keys]
+        views = [common.simclr_augment(images, SIZE, p, False).cpu().double() for p in params]
         loss, accuracy = literal_info_nce(*(network(view) for view in views), 0.5)
     else:
         mean, std = common.channel_statistics(data.train_images)
-        params = common.imagenet_params(BATCH, 20, 20, device, keys[0])
-        logits = network(common.imagenet_augment(images, SIZE, mean, std, params=params).cpu().double())
+        params = common.draw_params(BATCH, 20, 20, device, keys[0])
+        inputs = common.standardise(common.imagenet_augment(images, SIZE, params), mean, std)
+        logits = network(inputs.cpu().double())
         loss = -sum(row.log_softmax(0)[label] for row, label in zip(logits, labels)) / BATCH
         accuracy = (logits.argmax(1) == labels).double().mean().item()
     return loss.item(), accuracy, torch.autograd.grad(loss, list(network.parameters()))
@@ -1122,7 +1124,7 @@ def test_loops_literal():
         if method == "supervised":
             data = small_data("cpu")
             statistics = common.channel_statistics(data.train_images)
-            inputs = common.imagenet_test(data.test_images, SIZE, *statistics)
+            inputs = common.standardise(common.resize(data.test_images, SIZE), *statistics)
             right = (model.cpu()(inputs).argmax(1) == data.test_labels).double().mean()
             assert_close(records[-1]["test_accuracy"], right, 1e-6, what + "test accuracy")
 
@@ -1713,6 +1715,7 @@ def test_figures_refused():
                 ("fig2_cross.py", ["--simclr", ours, theirs], ["--supervised", "fig1_internal.py"]),
                 ("fig1_internal.py", ["--supervised", ours, "--method", "simclr"], ["--supervised"]),
                 ("fig1_internal.py", ["--simclr", ours, ours], ["the same network"]),
+                ("fig1_internal.py", ["--simclr", ours, moved, "--untrained"], ["the same network"]),
                 ("fig1_internal.py", ["--simclr", ours, "--samples", 999], ["--samples 999", "test set"]),
                 ("fig1_internal.py", ["--simclr", ours, "--image-size", 16], ["--image-size", str(ours)]),
                 ("fig1_internal.py", ["--simclr", ours, "--simclr-mean", 0, 0, 0], ["--mean", "state dict"]),
@@ -1820,15 +1823,16 @@ def bench_cka(device, checkpoint=None, rows=ROWS):
     products = functools.partial(torch.mm, matrix, matrix.T)
     print("     m batch  budget MB  image 0  precision   time s  over floor  peak MB  passes  off float32 by")
     for m, batch, memory, factor in rows:
-        images = common.imagenet_test(common.synthetic_images(m, seed=0)[0].to(device), 32)
+        images = common.resize(common.synthetic_images(m, seed=0)[0].to(device), 32)
+        images = common.standardise(images, MEAN, STD)
         images = images.contiguous(memory_format=torch.channels_last)
         images[0] *= factor  # heavy tails
         asked, found, passes = [], {}, {}
 
         def features(network, start, stop):
             asked.append(stop - start)
-            stream = common.stream_representations(network, images[start:stop], any_order=True)
-            return map(operator.itemgetter(1), stream)  # holds on to nothing
+            stream = common.stream_representations(network, images[start:stop])
+            return map(lambda named: named[1].movedim(1, -1).flatten(1), stream)  # holds on to nothing
 
         def forward_passes():
             for network, part in itertools.product(networks, images.split(256)):
@@ -1913,7 +1917,8 @@ def bench_augmentation(size=32, n=512):
         transforms.RandomGrayscale(0.2), transforms.ToTensor()])
     pictures = [transforms.functional.to_pil_image(image) for image in images]
     usual, ours = least_times(torch.device("cpu"), 4, lambda: torch.stack([*map(pipeline, pictures)]),
-                              lambda: common.simclr_augment(images, size, 0.5, False))
+                              lambda: common.simclr_augment(images, size, common.draw_params(
+                                  n, 32, 32, "cpu", strength=0.5), blur=False))
     print(f"augmentation, {size} px: {n / ours:.0f} images/s, {usual / ours:.1f} times torchvision's")
 
 

@@ -13,8 +13,8 @@ import contextlib
 
 import torch
 
-from common import (LARS, build_model, color_jitter, distributed, generator_for, info_nce_and_accuracy,
-                    load_data, not_counting, open_run, rank0_first, simclr_augment, simclr_params,
+from common import (LARS, build_model, color_jitter, distributed, draw_params, generator_for,
+                    info_nce_and_accuracy, load_data, not_counting, open_run, rank0_first, simclr_augment,
                     slice_params, training_arguments, user_errors, warmup_cosine, writable_folder)
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
@@ -69,14 +69,14 @@ def train(run, data):
             params = []  # of both views: drawn for the whole batch, so that its division does not matter
             for view in (0, 1):
                 generator = generator_for(device, "augmentation", seed, step, view)
-                drawn = simclr_params(batch_size, *images.shape[2:], device, generator, s["strength"])
+                drawn = draw_params(batch_size, *images.shape[2:], device, generator, s["strength"])
                 params.append(slice_params(drawn, run.rows))
 
             chunks = []  # float32 (2 micro_batch, 3, size, size): first views, then second views
             for start in range(0, len(images), s["micro_batch"]):
                 rows = slice(start, start + s["micro_batch"])
-                views = [simclr_augment(images[rows], s["image_size"], s["strength"], s["blur"],
-                                        params=slice_params(p, rows), jitter=jitter) for p in params]
+                views = [simclr_augment(images[rows], s["image_size"], slice_params(p, rows), s["blur"],
+                                        jitter) for p in params]
                 chunks.append(torch.cat(views).contiguous(memory_format=torch.channels_last))
 
             if len(chunks) == 1:

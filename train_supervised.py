@@ -14,9 +14,9 @@ import contextlib
 import torch
 from torch.nn import functional as F
 
-from common import (LARS, average_statistics, build_model, distributed, generator_for, imagenet_augment,
-                    imagenet_params, imagenet_test, load_data, open_run, rank, rank0_first, slice_params,
-                    sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
+from common import (LARS, average_statistics, build_model, distributed, draw_params, generator_for,
+                    imagenet_augment, load_data, open_run, rank, rank0_first, resize, slice_params,
+                    standardise, sum_over_ranks, training_arguments, user_errors, warmup_cosine, world_size,
                     writable_folder)
 
 PAPER = dict(  # App. A; what it leaves open: see "Differences from the paper and choices" in the README
@@ -67,14 +67,14 @@ def train(run, data):
 
             # drawn for the whole batch, so that they do not depend on its division among processes
             generator = generator_for(device, "augmentation", seed, step, 0)
-            params = imagenet_params(batch_size, *images.shape[2:], device, generator)
+            params = draw_params(batch_size, *images.shape[2:], device, generator)
             params = slice_params(params, run.rows)
 
             loss, accuracy = torch.zeros((), device=device), torch.zeros((), device=device)
             for start in range(0, n, micro_batch):
                 rows, last = slice(start, start + micro_batch), start + micro_batch >= n
-                inputs = imagenet_augment(images[rows], s["image_size"], s["mean"], s["std"],
-                                          params=slice_params(params, rows))
+                inputs = imagenet_augment(images[rows], s["image_size"], slice_params(params, rows))
+                inputs = standardise(inputs, s["mean"], s["std"])
                 with contextlib.nullcontext() if last else network.no_sync():  # processes exchange once
                     logits = classify(network, inputs)
                     part = F.cross_entropy(logits.float(), labels[rows], reduction="sum") / n
@@ -95,7 +95,7 @@ def test_accuracy(model, classify, data, s):
     right = torch.zeros((), device=data.test_labels.device)
     for start in range(rank() * 256, len(data.test_images), world_size() * 256):
         rows = slice(start, start + 256)
-        inputs = imagenet_test(data.test_images[rows], s["image_size"], s["mean"], s["std"])
+        inputs = standardise(resize(data.test_images[rows], s["image_size"]), s["mean"], s["std"])
         right += (classify(model, inputs).argmax(1) == data.test_labels[rows]).sum()
     model.train()
     return sum_over_ranks(right).item() / len(data.test_labels)
