@@ -364,12 +364,19 @@ def _resize_matrix(start, length, size_in, size_out, flip):
     return weights / weights.sum(2, keepdim=True)
 
 
+def _separable(images, rows, columns):
+    """images (n, 3, h, w), rows (n, H, h), columns (n, W, w) -> (n, 3, H, W): one matrix along each side."""
+    n, c, h, w = images.shape
+    images = torch.bmm(images.reshape(n, c * h, w), columns.transpose(1, 2))  # (n, 3h, W)
+    return torch.matmul(rows.unsqueeze(1), images.view(n, c, h, columns.shape[1]))
+
+
 def imagenet_augment(images, size, params):
     """Crop, resize and flip (footnote 3): uint8 (n, 3, h, w) -> float32 (n, 3, size, size) in [0, 1]."""
     top, left, height, width = params["box"].unbind(1)
     rows = _resize_matrix(top, height, images.shape[2], size, torch.zeros_like(params["flip"]))
     columns = _resize_matrix(left, width, images.shape[3], size, params["flip"])
-    return rows[:, None] @ (images.float().div_(255) @ columns[:, None].mT)
+    return _separable(images.float().div_(255), rows, columns)
 
 
 def _luma(x):
@@ -448,8 +455,8 @@ def simclr_augment(images, size, params, blur=True, jitter=color_jitter):
     x = torch.where(params["gray"].view(-1, 1, 1, 1), _luma(x), x)
     kernel_size = size // 10 // 2 * 2 + 1
     if blur and kernel_size > 1:
-        matrix = _blur_matrix(size, kernel_size, params["sigma"], params["blur"])[:, None]
-        x = matrix @ (x @ matrix.mT)
+        matrix = _blur_matrix(size, kernel_size, params["sigma"], params["blur"])
+        x = _separable(x, matrix, matrix)
     return x
 
 
