@@ -1584,10 +1584,10 @@ def _by_tiles(features, blocks):
             for part in parts:
                 _add(*part, features.tenths, sums, rows)
     wide = diagonal.to(sums.dtype)
-    hsic = [2 * sums.sum((0, 1)) + wide @ wide.T]
-    for g in range(10):
-        own = wide[:, features.tenths == g]
-        hsic.append(hsic[0] - 2 * (sums[g].sum(0) + sums[:, g].sum(0) - sums[g, g]) - own @ own.T)
+    hsic = []
+    for left_out in range(-1, 10):  # first none of them
+        kept, own = [g for g in range(10) if g != left_out], wide[:, features.tenths != left_out]
+        hsic.append(2 * sums[kept][:, kept].sum((0, 1)) + own @ own.T)
     return torch.stack(hsic), diagonal, rows + diagonal.square()
 
 
@@ -1650,17 +1650,14 @@ def _runs(tenths):
 
 def _add(own, others, values, tenths, sums, rows):
     """Adds a part's entries, multiplied for all pairs of layers, to the sums by tenths and over rows."""
+    for row, layer in zip(rows, values):
+        squares = layer.square()
+        row[own] += squares.sum(1)
+        row[others] += squares.sum(0)
     with _float32_products():
-        for g, some in _runs(tenths[own]):
-            strip, squares = values[:, some], torch.zeros_like(values[:, 0])
-            for row in strip.unbind(1):
-                squares.addcmul_(row, row)
-            rows[:, others] += squares
-            for h, columns in _runs(tenths[others]):
-                for part in strip[:, :, columns].transpose(0, 1).split(ROWS, dim=2):
-                    products = torch.bmm(part, part.mT)  # (rows, L, L)
-                    rows[:, own][:, some] += products.diagonal(dim1=1, dim2=2).T
-                    sums[g, h] += products.sum(0, dtype=sums.dtype)
+        for (g, some), (h, columns) in itertools.product(_runs(tenths[own]), _runs(tenths[others])):
+            for part in values[:, some, columns].flatten(1).split(ROWS, dim=1):
+                sums[g, h] += part @ part.T
 
 
 def _by_features(features, dominance):
