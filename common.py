@@ -1499,33 +1499,33 @@ class _Features:
             self.held[s] = max(self.held[s], kept // (few // 2))
         return [x[0] for _, x in found]
 
-    def sort(self, edges):
-        """Puts the samples of each block in the order of the tenths, random ones, that they are in."""
+    def sort(self, size):
+        """Puts the samples of each block of this size in the order of the random tenths that they are in."""
         tenths = torch.randperm(self.m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
-        self.order = torch.cat([a + tenths[a:b].argsort(stable=True) for a, b in edges])
+        self.order = (torch.arange(self.m, device="cpu") // size * 10 + tenths).argsort()
         self.tenths, self.place = tenths[self.order], self.order.argsort().to(self.device)
 
-    def calls(self, s, start, stop):
-        """[(samples, layers)] of the calls, a batch each, that cover these samples; none runs yet."""
-        edges = [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
-        return [(slice(a, b), self.ask(s, a, b)) for a, b in edges]
+    def calls(self, s, block):
+        """[(samples, layers)] of the calls, a batch each, that cover a block; none runs yet."""
+        edges = [*range(block.start, block.stop, self.batch), block.stop]
+        return [(slice(a, b), self.ask(s, a, b)) for a, b in zip(edges, edges[1:])]
 
-    def layers(self, s, start, stop, memory):
-        """Yields source s's layers (stop - start, p), centred and sorted, each in `memory(layer)`.
+    def layers(self, s, block):
+        """Yields source s's layers of a block, centred and sorted, each in its `memory`.
 
         The calls for all batches take turns, a layer at a time: a generator holds no more than it needs for
-        the next. Means that are not known yet are those of these samples, which are all.
+        the next. Means that are not known yet are those of this block, which is all samples.
         """
-        calls = self.calls(s, start, stop)
+        calls = self.calls(s, block)
         for layer in self.known[s]:
-            x, new = memory(layer), layer.scale is None
+            x, new = layer.memory[:block.stop - block.start], layer.scale is None
             for samples, call in calls:
                 part = layer.count(next(call)) if new else layer.centred(next(call))
-                x.index_copy_(0, self.place[samples] - start, part.to(x.dtype))
+                x.index_copy_(0, self.place[samples] - block.start, part.to(x.dtype))
             if new:
                 layer.settle(self.m)
                 torch.addcmul(layer.shift, x, layer.scale, out=x)
-            yield layer, x.to(self.product_dtype)
+            yield layer, x
         for _, call in calls:
             next(call, None)  # more layers than before are an error
 
@@ -1560,29 +1560,26 @@ def _by_tiles(features, blocks):
     """For `_statistics`: HSICs of all samples and without each tenth, K'_ii, and sums of K'_ij^2 over j."""
     m, count, dtype, device = features.m, len(features.every), features.dtype, features.device
     size = -(-m // blocks)
-    edges = [(a, min(a + size, m)) for a in range(0, m, size)]
-    features.sort(edges)
-    progress = _progress(m * count * (len(edges) + (len(edges) > 1)))
-    for s, known in enumerate(features.known if len(edges) > 1 else ()):  # the means first
-        for samples, call in features.calls(s, 0, m):
+    edges = [*range(0, m, size), m]
+    cut = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    features.sort(size)
+    progress = _progress(m * count * (len(cut) + (len(cut) > 1)))
+    for s, known in enumerate(features.known if len(cut) > 1 else ()):  # the means first
+        for samples, call in features.calls(s, slice(0, m)):
             for x, layer in zip(call, known):
                 layer.count(x)
                 progress(samples.stop - samples.start)
         for layer in known:
             layer.settle(m)
+    # one layer's features at a time, in the same memory: new memory is slow at first
+    memory = torch.empty(size * max(map(max, features.widths)), device=device,
+                         dtype=features.product_dtype if len(cut) > 1 else dtype)
+    for layer in features.every:
+        layer.memory = memory[:size * len(layer.first)].view(size, -1)
     sums = torch.zeros(10, 10, count, count, dtype=_wide(device), device=device)  # by the tenths of i and j
     diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
-    # all memory is used again and again: new memory is slow at first
-    entries = size ** 2 if blocks > 1 else size * (size + LEAST) // 2
-    tile = torch.empty(count * entries, dtype=dtype, device=device)
-    memory = torch.empty(size * max(map(max, features.widths)), device=device,
-                         dtype=features.product_dtype if blocks > 1 else dtype)
-    for i, own in enumerate(edges):
-        for others in edges[i:]:
-            parts = _parts(own, others, count, tile)
-            _fill(parts, features, own, others, memory, diagonal, progress)
-            for part in parts:
-                _add(*part, features.tenths, sums, rows)
+    for own, others in itertools.combinations_with_replacement(cut, 2):
+        _tile(features, own, others, sums, diagonal, rows, progress)
     wide = diagonal.to(sums.dtype)
     hsic = []
     for left_out in range(-1, 10):  # first none of them
@@ -1591,54 +1588,48 @@ def _by_tiles(features, blocks):
     return torch.stack(hsic), diagonal, rows + diagonal.square()
 
 
-def _parts(own, others, count, memory):
-    """[(rows, columns, values (L, height, width))] of a tile: all of it, or on the diagonal where i <= j."""
-    rectangles = _halves(*own) if own == others else [(slice(*own), slice(*others))]
-    shapes = [(count, rows.stop - rows.start, columns.stop - columns.start) for rows, columns in rectangles]
-    pieces = memory[:sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
-    return [(*slices, piece.view(shape)) for slices, piece, shape in zip(rectangles, pieces, shapes)]
-
-
-def _halves(start, stop):
-    """What covers the upper triangle of a square: its upper right quarter, then the other halves' own."""
+def _halves(square):
+    """What covers a square where i <= j: its upper right quarter, then the other halves' own."""
+    start, stop = square.start, square.stop
     if stop - start <= LEAST:
-        return [(slice(start, stop), slice(start, stop))]
+        return [(square, square)]
     middle = start + -(-(stop - start) // (2 * LEAST)) * LEAST
-    return [(slice(start, middle), slice(middle, stop)), *_halves(start, middle), *_halves(middle, stop)]
+    first, second = slice(start, middle), slice(middle, stop)
+    return [(first, second), *_halves(first), *_halves(second)]
 
 
-def _fill(parts, features, own, others, memory, diagonal, progress):
-    """Forms a tile of every layer's Gram matrix, in parts, and the diagonal where the tile is on it."""
-    def place_of(layer):
-        shape = own[1] - own[0], len(layer.first)
-        return memory[:math.prod(shape)].view(shape)
-
-    index, first, tf32 = 0, own[0], features.precision == "tf32"
+def _tile(features, own, others, sums, diagonal, rows, progress):
+    """Forms K'_ij of all layers, i in block `own` and j in `others`, in parts, and adds them to the sums."""
+    parts = [(i, j, diagonal.new_empty(len(diagonal), i.stop - i.start, j.stop - j.start))
+             for i, j in (_halves(own) if own == others else [(own, others)])]
+    index, tf32 = 0, features.precision == "tf32"
     for s in range(len(features.sources)):
-        calls = features.calls(s, *others) if own != others else []
-        for layer, x in features.layers(s, *own, place_of):
+        calls = features.calls(s, others) if own != others else []
+        for layer, x in features.layers(s, own):
+            x = x.to(features.product_dtype)
             with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
-                for rows, columns, values in parts if own == others else ():
-                    left, right = (x[some.start - first:some.stop - first] for some in (rows, columns))
-                    gram = _product(left, right, features, values[index])
-                    if rows.start == columns.start:
-                        diagonal[index, rows] = gram.diagonal()
-                        gram.triu_(1)
+                for i, j, values in parts if own == others else ():
+                    left, right = (x[some.start - own.start:some.stop - own.start] for some in (i, j))
+                    values[index] = _product(left, right, features)
+                    if i == j:
+                        diagonal[index, i] = values[index].diagonal()
+                        values[index].triu_(1)
             for samples, call in calls:
                 y = layer.centred(next(call)).to(x.dtype)
-                columns = features.place[samples] - others[0]
+                place = features.place[samples] - others.start
                 with _float32_products(tf32):
-                    parts[0][2][index].index_copy_(1, columns, _product(x, y, features))
+                    parts[0][2][index].index_copy_(1, place, _product(x, y, features))
             progress(len(x) + sum(samples.stop - samples.start for samples, _ in calls))
             index += 1
+    for part in parts:
+        _add(*part, features.tenths, sums, rows)
 
 
-def _product(x, y, features, out=None):
-    """x @ y.T of what products are made of, as float32 (float64 for float64 features), perhaps into `out`."""
-    if x.dtype == features.dtype:
-        return torch.mm(x, y.mT, out=out)
-    product = x @ y.mT if x.device.type == "cpu" else torch.mm(x, y.mT, out_dtype=features.dtype)
-    return product.to(features.dtype) if out is None else out.copy_(product)
+def _product(x, y, features):
+    """x @ y.T of what products are made of, as float32 (float64 for float64 features)."""
+    if x.dtype == features.dtype or x.device.type == "cpu":
+        return (x @ y.mT).to(features.dtype)
+    return torch.mm(x, y.mT, out_dtype=features.dtype)
 
 
 def _runs(tenths):
@@ -1663,13 +1654,14 @@ def _add(own, others, values, tenths, sums, rows):
 def _by_features(features, dominance):
     """As `_by_tiles`, where there are fewer features than samples: HSIC(K, L) is the squared norm of Xt Y."""
     m, device, dtype = features.m, features.device, features.dtype
-    features.sort([(0, m)])
+    features.sort(m)
     edges = [0, *itertools.accumulate(sum(features.widths, []))]
     columns = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    where, features.product_dtype = dict(zip(features.every, columns)), dtype
     every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
+    for layer, own in zip(features.every, columns):
+        layer.memory = every[:, own]
     for s in range(len(features.sources)):
-        for _ in features.layers(s, 0, m, lambda layer: every[:, where[layer]]):
+        for _ in features.layers(s, slice(0, m)):
             pass
     parts = torch.zeros(10, edges[-1], edges[-1], dtype=_wide(device), device=device)
     rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
