@@ -1394,16 +1394,16 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
         return _statistics(features, blocks == 0, *sums)
 
 
-def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4):
+def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
     0 stands for the form for few features. widths: per source, its layers' numbers of features.
-    held: per source, the bytes per sample that its suspended calls keep; None: its largest layer, as in a
-    network that is computed layer by layer. A source is asked for every sample once if there is one block,
-    else once per block and once more. ValueError with the bytes needed if not even blocks of 8 samples fit.
+    held: bytes per sample that a source's suspended calls keep, at least the largest layer, as in a network
+    computed layer by layer. A source is asked for every sample once if there is one block, else once per
+    block and once more. ValueError with the bytes needed if not even blocks of 8 samples fit.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
-    held = largest * itemsize if held is None else max(held)
+    held = max(held, largest * itemsize)
     if features < m and itemsize * (features * (m + 30 * features) + 2 * m * largest) <= memory:
         return 0
 
@@ -1430,15 +1430,16 @@ class _Features:
         if not isinstance(sources, (list, tuple)) or not sources:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
         self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
-        self.widths, self.held = [[] for _ in sources], [0] * len(sources)
+        self.widths, self.held = [[] for _ in sources], 0
         first = list(map(self.look, range(len(sources))))
         self.device = first[0][0].device
         wide = any(x.dtype == torch.float64 for layers in first for x in layers)
         self.dtype = torch.float64 if wide else torch.float32
+        self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # all that Metal has
         self.precision = "float64" if wide else _precision(precision, self.device, m)
         half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
         self.product_dtype = half.get(self.precision, self.dtype)
-        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype))
+        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype), self.sum_dtype)
                        for i, x in enumerate(layers)] for s, layers in enumerate(first)]
         self.every = [layer for layers in self.known for layer in layers]
 
@@ -1487,7 +1488,6 @@ class _Features:
                 warnings.warn(f"source {s}: layers {twins[0]} and {i} are the same memory: if a hook gave "
                               "one before the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
-        self.held[s] = max(x[0].nbytes for _, x in found)  # at least: what a network is working on
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
             apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
             if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
@@ -1496,7 +1496,7 @@ class _Features:
                                  f"(then return a list of clones, not a generator)? {SOURCE}")
             del turns
             kept = sum(layer().nbytes for layer in alive if layer() is not None)
-            self.held[s] = max(self.held[s], kept // (few // 2))
+            self.held = max(self.held, kept // (few // 2))
         return [x[0] for _, x in found]
 
     def sort(self, size):
@@ -1533,15 +1533,15 @@ class _Features:
 class _Layer:
     """A layer's first sample and, by differences from it, its mean and size: accurate for any mean."""
 
-    def __init__(self, name, first):
-        self.name, self.first, self.sum, self.size, self.scale = name, first, 0.0, first.new_zeros(()), None
+    def __init__(self, name, first, sum_dtype):
+        self.name, self.first, self.size, self.scale = name, first, first.new_zeros(()), None
+        self.sum = torch.zeros_like(first, dtype=sum_dtype)
 
     def count(self, x):
         """Differences of features x (n, p) from the first sample, which are counted."""
         x = x - self.first
         with _float32_products():
-            sums = x.new_ones(1, len(x)) @ x  # twice as fast as x.sum(0)
-        self.sum = self.sum + sums[0].to(_wide(x.device))
+            self.sum += (x.new_ones(1, len(x)) @ x)[0]  # twice as fast as x.sum(0)
         self.size = torch.stack([self.size, *torch.aminmax(x)]).abs().amax()
         return x
 
@@ -1576,12 +1576,11 @@ def _by_tiles(features, blocks):
                          dtype=features.product_dtype if len(cut) > 1 else dtype)
     for layer in features.every:
         layer.memory = memory[:size * len(layer.first)].view(size, -1)
-    sums = torch.zeros(10, 10, count, count, dtype=_wide(device), device=device)  # by the tenths of i and j
+    sums = torch.zeros(10, 10, count, count, dtype=features.sum_dtype, device=device)  # by the tenths of i and j
     diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
     for own, others in itertools.combinations_with_replacement(cut, 2):
         _tile(features, own, others, sums, diagonal, rows, progress)
-    wide = diagonal.to(sums.dtype)
-    hsic = []
+    wide, hsic = diagonal.to(sums.dtype), []
     for left_out in range(-1, 10):  # first none of them
         kept, own = [g for g in range(10) if g != left_out], wide[:, features.tenths != left_out]
         hsic.append(2 * sums[kept][:, kept].sum((0, 1)) + own @ own.T)
@@ -1663,7 +1662,7 @@ def _by_features(features, dominance):
     for s in range(len(features.sources)):
         for _ in features.layers(s, slice(0, m)):
             pass
-    parts = torch.zeros(10, edges[-1], edges[-1], dtype=_wide(device), device=device)
+    parts = torch.zeros(10, edges[-1], edges[-1], dtype=features.sum_dtype, device=device)
     rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
     with _float32_products():
         for g, tenth in _runs(features.tenths):
@@ -1683,10 +1682,9 @@ def _statistics(features, few, hsic, diagonal, rows):
     """`GramStatistics` from what `_by_tiles` or, where features are `few`, `_by_features` returns."""
     hsic, diagonal, rows = (x.cpu().double() for x in (hsic, diagonal, rows))
     m, traces, squares = features.m, diagonal.sum(1), diagonal @ diagonal.T
-    for sums, what in ((traces, "features"), (hsic[0].diagonal(), "HSIC")):
-        for layer, finite in zip(features.every, sums.isfinite().tolist()):
-            if not finite:
-                raise ValueError(f"{layer.name}: {what} with NaN or infinite values")
+    for layer, value in zip(features.every * 2, [*traces, *hsic[0].diagonal()]):
+        if not value.isfinite():
+            raise ValueError(f"{layer.name}: NaN or infinite values in its features, or HSIC")
     # Song et al. 2012, Eq. (5); without its diagonal, row i of K' sums to -K'_ii
     n = m if m > 3 else math.nan
     more, less = traces.outer(traces) / ((n - 1) * (n - 2)), squares * 2 / (n - 2)
@@ -1707,8 +1705,8 @@ def _statistics(features, few, hsic, diagonal, rows):
                     f"than 1e-4 ({features.precision} products)")):
         names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=3)
+            names[5:] = [f"{len(names) - 5} more"] * (len(names) > 5)
+            warnings.warn(f"{text}: {', '.join(names)}", stacklevel=3)
     top, norms = rows.topk(-(-m // 100), dim=1), hsic.diagonal(dim1=1, dim2=2).sqrt()
     cka = hsic / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
     debiased = unbiased / unbiased.diagonal().sqrt()[:, None] / unbiased.diagonal().sqrt()
@@ -1776,10 +1774,6 @@ def free_memory(device):
             with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
                 free.append(int(most.read()) - int(now.read()))
     return max(min(free), 1 << 28)
-
-
-def _wide(device):
-    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
 
 
 def _progress(total):
