@@ -1481,12 +1481,10 @@ class _Features:
         """
         few, alive = min(self.m, 4), []
         found = [(x, x.clone()) for x in self.ask(s, 0, few)]
-        for i, (x, copy) in enumerate(found):
-            twins = [j for j, (y, other) in enumerate(found[:i])
-                     if x.data_ptr() == y.data_ptr() and torch.equal(copy, other)]
-            if twins:
-                warnings.warn(f"source {s}: layers {twins[0]} and {i} are the same memory: if a hook gave "
-                              "one before the network overwrote it, clone it in the hook", stacklevel=4)
+        for (i, (x, copy)), (j, (y, other)) in itertools.combinations(enumerate(found), 2):
+            if x.data_ptr() == y.data_ptr() and torch.equal(copy, other):
+                warnings.warn(f"source {s}: layers {i} and {j} are the same memory: if a hook gave one before "
+                              "the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
             apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
@@ -1510,24 +1508,26 @@ class _Features:
         edges = [*range(block.start, block.stop, self.batch), block.stop]
         return [(slice(a, b), self.ask(s, a, b)) for a, b in zip(edges, edges[1:])]
 
-    def layers(self, s, block):
-        """Yields source s's layers of a block, centred and sorted, each in its `memory`.
+    def layers(self, own, others):
+        """Yields (x, batches) of each layer: x of block `own`, centred and sorted, in the layer's `memory`.
 
-        The calls for all batches take turns, a layer at a time: a generator holds no more than it needs for
-        the next. Means that are not known yet are those of this block, which is all samples.
+        `batches` yields (samples, centred features) of block `others`, nothing if it is the same. All calls
+        take turns, a layer at a time: a generator holds no more than it needs for the next. Means that are
+        not known yet are those of block `own`, which is all samples.
         """
-        calls = self.calls(s, block)
-        for layer in self.known[s]:
-            x, new = layer.memory[:block.stop - block.start], layer.scale is None
-            for samples, call in calls:
-                part = layer.count(next(call)) if new else layer.centred(next(call))
-                x.index_copy_(0, self.place[samples] - block.start, part.to(x.dtype))
-            if new:
-                layer.settle(self.m)
-                torch.addcmul(layer.shift, x, layer.scale, out=x)
-            yield layer, x
-        for _, call in calls:
-            next(call, None)  # more layers than before are an error
+        for s, known in enumerate(self.known):
+            calls, more = self.calls(s, own), self.calls(s, others) if others != own else []
+            for layer in known:
+                x, new = layer.memory[:own.stop - own.start], layer.scale is None
+                for samples, call in calls:
+                    part = layer.count(next(call)) if new else layer.centred(next(call))
+                    x.index_copy_(0, self.place[samples] - own.start, part.to(x.dtype))
+                if new:
+                    layer.settle(self.m)
+                    torch.addcmul(layer.shift, x, layer.scale, out=x)
+                yield x, ((samples, layer.centred(next(call))) for samples, call in more)
+            for _, call in calls:
+                next(call, None)  # more layers than before are an error
 
 
 class _Layer:
@@ -1601,25 +1601,22 @@ def _tile(features, own, others, sums, diagonal, rows, progress):
     """Forms K'_ij of all layers, i in block `own` and j in `others`, in parts, and adds them to the sums."""
     parts = [(i, j, diagonal.new_empty(len(diagonal), i.stop - i.start, j.stop - j.start))
              for i, j in (_halves(own) if own == others else [(own, others)])]
-    index, tf32 = 0, features.precision == "tf32"
-    for s in range(len(features.sources)):
-        calls = features.calls(s, others) if own != others else []
-        for layer, x in features.layers(s, own):
-            x = x.to(features.product_dtype)
-            with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
-                for i, j, values in parts if own == others else ():
-                    left, right = (x[some.start - own.start:some.stop - own.start] for some in (i, j))
-                    values[index] = _product(left, right, features)
-                    if i == j:
-                        diagonal[index, i] = values[index].diagonal()
-                        values[index].triu_(1)
-            for samples, call in calls:
-                y = layer.centred(next(call)).to(x.dtype)
-                place = features.place[samples] - others.start
-                with _float32_products(tf32):
-                    parts[0][2][index].index_copy_(1, place, _product(x, y, features))
-            progress(len(x) + sum(samples.stop - samples.start for samples, _ in calls))
-            index += 1
+    tf32 = features.precision == "tf32"
+    for index, (x, batches) in enumerate(features.layers(own, others)):
+        x = x.to(features.product_dtype)
+        with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
+            for i, j, values in parts if own == others else ():
+                left, right = (x[some.start - own.start:some.stop - own.start] for some in (i, j))
+                values[index] = _product(left, right, features)
+                if i == j:
+                    diagonal[index, i] = values[index].diagonal()
+                    values[index].triu_(1)
+        for samples, y in batches:
+            place = features.place[samples] - others.start
+            with _float32_products(tf32):
+                parts[0][2][index].index_copy_(1, place, _product(x, y.to(x.dtype), features))
+            progress(len(y))
+        progress(len(x))
     for part in parts:
         _add(*part, features.tenths, sums, rows)
 
@@ -1659,9 +1656,8 @@ def _by_features(features, dominance):
     every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
     for layer, own in zip(features.every, columns):
         layer.memory = every[:, own]
-    for s in range(len(features.sources)):
-        for _ in features.layers(s, slice(0, m)):
-            pass
+    for _ in features.layers(slice(0, m), slice(0, m)):
+        pass
     parts = torch.zeros(10, edges[-1], edges[-1], dtype=features.sum_dtype, device=device)
     rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
     with _float32_products():
@@ -1724,8 +1720,8 @@ def _precision(wanted, device, m):
             "tf32": major >= 8, "float32": True}
     names = [name for name in able if able[name]]
     if wanted is not None and wanted not in names:
-        has = f"{device} with torch {torch.__version__} has {', '.join(names)}"
-        raise ValueError(f"precision {wanted!r}: {has}")
+        has = ", ".join(names)
+        raise ValueError(f"precision {wanted!r}: {device} with torch {torch.__version__} has {has}")
     return wanted or (names[0] if m >= 512 else "float32")  # of fewer, rounding shows and saves little
 
 
@@ -1765,9 +1761,8 @@ def free_memory(device):
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = [4 << 30]  # where nobody says
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        with open("/proc/meminfo") as file:
-            free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as file:  # Linux
+        free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
     for limit, used in (("memory.max", "memory.current"),
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # a container's; the word "max" where there is none
