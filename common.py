@@ -1487,6 +1487,10 @@ class _Features:
                               "the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
+            one = x.new_ones(1, 1, dtype=torch.float32)
+            if torch.nn.functional.linear(one, one).dtype != one.dtype:
+                raise ValueError(f"source {s} yields inside torch.autocast, which then changes all that others "
+                                 "compute: end it before each yield, or return a list")
             apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
             if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
                 raise ValueError(f"source {s} gives other features when asked again: is a network in "

@@ -360,6 +360,11 @@ def test_cka_refused():
     noisy = nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Dropout(0.5)).train()
     broken, good = y.clone(), source([x])
     broken[33, 4] = math.nan
+
+    def in_autocast(start, stop):
+        with torch.autocast("cpu", torch.bfloat16):
+            yield x[start:stop] @ x[:6]
+
     cases = {
         "a source not in a list": (good, ["list of sources", "function"]),
         "no source": ([], ["list of sources"]),
@@ -380,6 +385,7 @@ def test_cka_refused():
         "fewer at once": ([lambda a, b: [x[a:b], y[a:b]][:1 + (a < 2)]], ["source 0", "layers"]),
         "more layers": ([lambda a, b: (z[a:b] for z in [x, y][:1 + (a > 20)])], ["source 0", "layer 1"]),
         "the first rows always": ([lambda a, b: [x[:b - a]]], ["source 0", "again"]),
+        "a yield inside autocast": ([good, in_autocast], ["source 1", "autocast", "before each yield"]),
         "training mode": ([good, lambda a, b: [noisy(x[a:b])]], ["source 1", "training mode"]),
         "not finite, first samples": ([lambda a, b: [x[a:b] / 0]], ["source 0", "layer 0", "NaN"]),
         "not finite, later": ([good, source([x, broken])], ["source 1", "layer 1", "NaN"]),
