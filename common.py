@@ -1369,11 +1369,10 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
     batch: samples per call of a source.
     dominance: False leaves it out, which saves two fifths of the products where features are few.
 
-    With X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are cut
-    into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by
-    layer; all pairs of layers' products are summed over it; the next tile takes its place. One block asks for
-    every sample once. With more, the means take a pass of their own, so that the order of samples does not
-    matter. If all layers together have fewer features than samples, HSIC(K, L) is |Xt Y|^2, exactly.
+    With X centred, K' = X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. For each two
+    blocks of samples a tile of every layer's K' is formed, source by source and layer by layer, and all pairs
+    of layers' products are summed over it. With several blocks the means take a pass of their own, so that
+    the order of samples does not matter. Where features are fewer than samples, HSIC(K, L) = |Xt Y|^2.
 
     ValueError for what is no source, for answers that change or are not finite, and for too little memory. A
     constant layer gets NaN and a warning; so does a debiased value that would be made of rounding errors.
@@ -1397,10 +1396,10 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
 def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
-    0 stands for the form for few features. widths: per source, its layers' numbers of features.
-    held: bytes per sample that a source's suspended calls keep, at least the largest layer, as in a network
-    computed layer by layer. A source is asked for every sample once if there is one block, else once per
-    block and once more. ValueError with the bytes needed if not even blocks of 8 samples fit.
+    0 stands for the form for few features. widths: per source, its layers' numbers of features. held: bytes
+    per sample that a suspended call keeps; a network computed layer by layer keeps a layer. A source is asked
+    for every sample once if there is one block, else once per block and once more. ValueError with the bytes
+    needed if not even blocks of 8 samples fit.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
     held = max(held, largest * itemsize)
@@ -1417,10 +1416,9 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
         return always + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
     most = -(-m // min(batch, 8))
-    blocks = next((blocks for blocks in range(1, most + 1) if needed(blocks) <= memory), None)
-    if blocks is None:
+    if needed(most) > memory:
         raise ValueError(f"memory={memory} bytes is too little: at least {needed(most)} are needed")
-    return blocks
+    return next(blocks for blocks in range(1, most + 1) if needed(blocks) <= memory)
 
 
 class _Features:
@@ -1483,13 +1481,13 @@ class _Features:
         found = [(x, x.clone()) for x in self.ask(s, 0, few)]
         for (i, (x, copy)), (j, (y, other)) in itertools.combinations(enumerate(found), 2):
             if x.data_ptr() == y.data_ptr() and torch.equal(copy, other):
-                warnings.warn(f"source {s}: layers {i} and {j} are the same memory: if a hook gave one before "
-                              "the network overwrote it, clone it in the hook", stacklevel=4)
+                warnings.warn(f"source {s}: layers {i} and {j} are the same memory: if a hook gave one "
+                              "before the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
             one = x.new_ones(1, 1, dtype=torch.float32)
             if torch.nn.functional.linear(one, one).dtype != one.dtype:
-                raise ValueError(f"source {s} yields inside torch.autocast, which then changes all that others "
+                raise ValueError(f"source {s} yields inside torch.autocast, which then changes what others "
                                  "compute: end it before each yield, or return a list")
             apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
             if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
@@ -1580,7 +1578,7 @@ def _by_tiles(features, blocks):
                          dtype=features.product_dtype if len(cut) > 1 else dtype)
     for layer in features.every:
         layer.memory = memory[:size * len(layer.first)].view(size, -1)
-    sums = torch.zeros(10, 10, count, count, dtype=features.sum_dtype, device=device)  # by the tenths of i and j
+    sums = torch.zeros(10, 10, count, count, dtype=features.sum_dtype, device=device)  # by tenths of i and j
     diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
     for own, others in itertools.combinations_with_replacement(cut, 2):
         _tile(features, own, others, sums, diagonal, rows, progress)
@@ -1602,7 +1600,7 @@ def _halves(square):
 
 
 def _tile(features, own, others, sums, diagonal, rows, progress):
-    """Forms K'_ij of all layers, i in block `own` and j in `others`, in parts, and adds them to the sums."""
+    """Forms K'_ij of all layers, i in block `own` and j in `others`, in parts, and adds up their products."""
     parts = [(i, j, diagonal.new_empty(len(diagonal), i.stop - i.start, j.stop - j.start))
              for i, j in (_halves(own) if own == others else [(own, others)])]
     tf32 = features.precision == "tf32"
@@ -1621,8 +1619,16 @@ def _tile(features, own, others, sums, diagonal, rows, progress):
                 parts[0][2][index].index_copy_(1, place, _product(x, y.to(x.dtype), features))
             progress(len(y))
         progress(len(x))
-    for part in parts:
-        _add(*part, features.tenths, sums, rows)
+    for i, j, values in parts:
+        for index, layer in enumerate(values):
+            squares = layer.square()
+            rows[index, i] += squares.sum(1)
+            rows[index, j] += squares.sum(0)
+        with _float32_products():
+            runs = _runs(features.tenths[i]), _runs(features.tenths[j])
+            for (g, some), (h, columns) in itertools.product(*runs):
+                for entries in values[:, some, columns].flatten(1).split(ROWS, dim=1):
+                    sums[g, h] += entries @ entries.T
 
 
 def _product(x, y, features):
@@ -1637,18 +1643,6 @@ def _runs(tenths):
     values, counts = tenths.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0).tolist()
     return [(g, slice(a, b)) for g, a, b in zip(values.tolist(), [0, *ends], ends)]
-
-
-def _add(own, others, values, tenths, sums, rows):
-    """Adds a part's entries, multiplied for all pairs of layers, to the sums by tenths and over rows."""
-    for row, layer in zip(rows, values):
-        squares = layer.square()
-        row[own] += squares.sum(1)
-        row[others] += squares.sum(0)
-    with _float32_products():
-        for (g, some), (h, columns) in itertools.product(_runs(tenths[own]), _runs(tenths[others])):
-            for part in values[:, some, columns].flatten(1).split(ROWS, dim=1):
-                sums[g, h] += part @ part.T
 
 
 def _by_features(features, dominance):
@@ -1705,8 +1699,8 @@ def _statistics(features, few, hsic, diagonal, rows):
                     f"than 1e-4 ({features.precision} products)")):
         names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
         if names:
-            names[5:] = [f"{len(names) - 5} more"] * (len(names) > 5)
-            warnings.warn(f"{text}: {', '.join(names)}", stacklevel=3)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=3)
     top, norms = rows.topk(-(-m // 100), dim=1), hsic.diagonal(dim1=1, dim2=2).sqrt()
     cka = hsic / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
     debiased = unbiased / unbiased.diagonal().sqrt()[:, None] / unbiased.diagonal().sqrt()
