@@ -1671,6 +1671,7 @@ def _by_features(features, dominance):
     return hsic + hsic.triu(1).mT, diagonal, rows
 
 
+@torch.inference_mode(False)  # which a suspended source may have turned on
 def _statistics(features, few, hsic, diagonal, rows):
     """`GramStatistics` from what `_by_tiles` or, where features are `few`, `_by_features` returns."""
     hsic, diagonal, rows = (x.cpu().double() for x in (hsic, diagonal, rows))

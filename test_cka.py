@@ -319,10 +319,14 @@ def ways_to_answer(g, inputs):
     def buffered(start, stop):
         return (b[:stop - start].copy_(x) for b, x in zip(buffers, list(run(start, stop).values())))
 
+    def in_inference_mode(start, stop):
+        with torch.inference_mode():
+            yield from lazily(start, stop)
+
     layers = [x.clone() for x in run(0, len(inputs)).values()]
     buffers = [torch.empty_like(x) for x in layers]
     return layers, {
-        "dict": run, "lazy": lazily, "views": source(layers),
+        "dict": run, "lazy": lazily, "views": source(layers), "a yield in inference mode": in_inference_mode,
         "map": lambda a, b: map(torch.clone, lazily(a, b)),
         "list": lambda a, b: list(run(a, b).values()),
         "values": lambda a, b: run(a, b).values(),
@@ -350,6 +354,7 @@ def test_cka_sources():
                 common.cka_matrix([ways[way], others[way]], 90, **options)
         else:
             got = common.cka_matrix([ways[way], others[way]], 90, **options)
+            assert not got.is_inference(), way
             assert_close(got, want, 1e-5, f"{way}, memory {memory}, batch {batch}")
 
 
