@@ -1456,7 +1456,9 @@ class _Features:
 
         def checked(layer):
             where = f"source {s}, layer {len(found)}, samples {start} to {stop - 1}: {type(layer).__name__}"
-            x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
+            x = torch.empty(0)
+            with contextlib.suppress(TypeError, ValueError):  # an array of something else than numbers
+                x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else x
             if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
                 raise ValueError(f"{where} {tuple(x.shape)} {x.dtype}, not {rows} rows of numbers; {SOURCE}")
             found.append(x[0].numel())

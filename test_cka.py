@@ -381,6 +381,7 @@ def test_cka_refused():
         "one string": ([lambda a, b: "features"], ["source 0", "returned a str"]),
         "no layers": ([good, lambda a, b: []], ["source 1", "0 layers"]),
         "a layer that is None": ([good, lambda a, b: [x[a:b], None]], ["source 1", "layer 1", "NoneType"]),
+        "an array of strings": ([lambda a, b: [np.full((b - a, 3), "1")]], ["layer 0", "ndarray"]),
         "complex": ([lambda a, b: [x[a:b], y[a:b] * 1j]], ["source 0", "layer 1", "complex"]),
         "no features": ([lambda a, b: [x[a:b, :0]]], ["source 0", "layer 0"]),
         "too many rows": ([good, lambda a, b: [x[a:b + 1]]], ["source 1", "layer 0", "rows"]),
