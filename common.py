@@ -1281,11 +1281,10 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
     batch: samples per call of a source.
     dominance: False leaves it out, which saves two fifths of the products where features are few.
 
-    With X centred, X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. Samples are cut
-    into blocks. For a pair of blocks a tile of every layer's K' is formed, source by source and layer by
-    layer; all pairs of layers' products are summed over it; the next tile takes its place. One block asks for
-    every sample once. With more, the means take a pass of their own, so that the order of samples does not
-    matter. If all layers together have fewer features than samples, HSIC(K, L) is |Xt Y|^2, exactly.
+    With X centred, K' = X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. For each two
+    blocks of samples a tile of every layer's K' is formed, source by source and layer by layer, and all pairs
+    of layers' products are summed over it. With several blocks the means take a pass of their own, so that
+    the order of samples does not matter. Where features are fewer than samples, HSIC(K, L) = |Xt Y|^2.
 
     ValueError for what is no source, for answers that change or are not finite, and for too little memory. A
     constant layer gets NaN and a warning; so does a debiased value that would be made of rounding errors.
@@ -1306,16 +1305,16 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
         return _statistics(features, blocks == 0, *sums)
 
 
-def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4):
+def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
-    0 stands for the form for few features. widths: per source, its layers' numbers of features.
-    held: per source, the bytes per sample that its suspended calls keep; None: its largest layer, as in a
-    network that is computed layer by layer. A source is asked for every sample once if there is one block,
-    else once per block and once more. ValueError with the bytes needed if not even blocks of 8 samples fit.
+    0 stands for the form for few features. widths: per source, its layers' numbers of features. held: bytes
+    per sample that a suspended call keeps; a network computed layer by layer keeps a layer. A source is asked
+    for every sample once if there is one block, else once per block and once more. ValueError with the bytes
+    needed if not even blocks of 8 samples fit.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
-    held = largest * itemsize if held is None else max(held)
+    held = max(held, largest * itemsize)
     if features < m and itemsize * (features * (m + 30 * features) + 2 * m * largest) <= memory:
         return 0
 
@@ -1329,10 +1328,9 @@ def plan(widths, m, memory, batch=128, held=None, itemsize=4, product_itemsize=4
         return always + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
     most = -(-m // min(batch, 8))
-    blocks = next((blocks for blocks in range(1, most + 1) if needed(blocks) <= memory), None)
-    if blocks is None:
+    if needed(most) > memory:
         raise ValueError(f"memory={memory} bytes is too little: at least {needed(most)} are needed")
-    return blocks
+    return next(blocks for blocks in range(1, most + 1) if needed(blocks) <= memory)
 
 
 class _Features:
@@ -1342,15 +1340,16 @@ class _Features:
         if not isinstance(sources, (list, tuple)) or not sources:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
         self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
-        self.widths, self.held = [[] for _ in sources], [0] * len(sources)
+        self.widths, self.held = [[] for _ in sources], 0
         first = list(map(self.look, range(len(sources))))
         self.device = first[0][0].device
         wide = any(x.dtype == torch.float64 for layers in first for x in layers)
         self.dtype = torch.float64 if wide else torch.float32
+        self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # all that Metal has
         self.precision = "float64" if wide else _precision(precision, self.device, m)
         half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
         self.product_dtype = half.get(self.precision, self.dtype)
-        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype))
+        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype), self.sum_dtype)
                        for i, x in enumerate(layers)] for s, layers in enumerate(first)]
         self.every = [layer for layers in self.known for layer in layers]
 
@@ -1369,7 +1368,9 @@ class _Features:
 
         def checked(layer):
             where = f"source {s}, layer {len(found)}, samples {start} to {stop - 1}: {type(layer).__name__}"
-            x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
+            x = torch.empty(0)
+            with contextlib.suppress(TypeError, ValueError):  # an array of something else than numbers
+                x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else x
             if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
                 raise ValueError(f"{where} {tuple(x.shape)} {x.dtype}, not {rows} rows of numbers; {SOURCE}")
             found.append(x[0].numel())
@@ -1392,15 +1393,16 @@ class _Features:
         """
         few, alive = min(self.m, 4), []
         found = [(x, x.clone()) for x in self.ask(s, 0, few)]
-        for i, (x, copy) in enumerate(found):
-            twins = [j for j, (y, other) in enumerate(found[:i])
-                     if x.data_ptr() == y.data_ptr() and torch.equal(copy, other)]
-            if twins:
-                warnings.warn(f"source {s}: layers {twins[0]} and {i} are the same memory: if a hook gave "
-                              "one before the network overwrote it, clone it in the hook", stacklevel=4)
+        for (i, (x, copy)), (j, (y, other)) in itertools.combinations(enumerate(found), 2):
+            if x.data_ptr() == y.data_ptr() and torch.equal(copy, other):
+                warnings.warn(f"source {s}: layers {i} and {j} are the same memory: if a hook gave one "
+                              "before the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
-        self.held[s] = max(x[0].nbytes for _, x in found)  # at least: what a network is working on
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
+            one = x.new_ones(1, 1, dtype=torch.float32)
+            if torch.nn.functional.linear(one, one).dtype != one.dtype:
+                raise ValueError(f"source {s} yields inside torch.autocast, which then changes what others "
+                                 "compute: end it before each yield, or return a list")
             apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
             if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
                 raise ValueError(f"source {s} gives other features when asked again: is a network in "
@@ -1408,52 +1410,53 @@ class _Features:
                                  f"(then return a list of clones, not a generator)? {SOURCE}")
             del turns
             kept = sum(layer().nbytes for layer in alive if layer() is not None)
-            self.held[s] = max(self.held[s], kept // (few // 2))
+            self.held = max(self.held, kept // (few // 2))
         return [x[0] for _, x in found]
 
-    def sort(self, edges):
-        """Puts the samples of each block in the order of the tenths, random ones, that they are in."""
+    def sort(self, size):
+        """Puts the samples of each block of this size in the order of the random tenths that they are in."""
         tenths = torch.randperm(self.m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
-        self.order = torch.cat([a + tenths[a:b].argsort(stable=True) for a, b in edges])
+        self.order = (torch.arange(self.m, device="cpu") // size * 10 + tenths).argsort()
         self.tenths, self.place = tenths[self.order], self.order.argsort().to(self.device)
 
-    def calls(self, s, start, stop):
-        """[(samples, layers)] of the calls, a batch each, that cover these samples; none runs yet."""
-        edges = [(a, min(a + self.batch, stop)) for a in range(start, stop, self.batch)]
-        return [(slice(a, b), self.ask(s, a, b)) for a, b in edges]
+    def calls(self, s, block):
+        """[(samples, layers)] of the calls, a batch each, that cover a block; none runs yet."""
+        edges = [*range(block.start, block.stop, self.batch), block.stop]
+        return [(slice(a, b), self.ask(s, a, b)) for a, b in zip(edges, edges[1:])]
 
-    def layers(self, s, start, stop, memory):
-        """Yields source s's layers (stop - start, p), centred and sorted, each in `memory(layer)`.
+    def layers(self, own, others):
+        """Yields (x, batches) of each layer: x of block `own`, centred and sorted, in the layer's `memory`.
 
-        The calls for all batches take turns, a layer at a time: a generator holds no more than it needs for
-        the next. Means that are not known yet are those of these samples, which are all.
+        `batches` yields (samples, centred features) of block `others`, nothing if it is the same. All calls
+        take turns, a layer at a time: a generator holds no more than it needs for the next. Means that are
+        not known yet are those of block `own`, which is all samples.
         """
-        calls = self.calls(s, start, stop)
-        for layer in self.known[s]:
-            x, new = memory(layer), layer.scale is None
-            for samples, call in calls:
-                part = layer.count(next(call)) if new else layer.centred(next(call))
-                x.index_copy_(0, self.place[samples] - start, part.to(x.dtype))
-            if new:
-                layer.settle(self.m)
-                torch.addcmul(layer.shift, x, layer.scale, out=x)
-            yield layer, x.to(self.product_dtype)
-        for _, call in calls:
-            next(call, None)  # more layers than before are an error
+        for s, known in enumerate(self.known):
+            calls, more = self.calls(s, own), self.calls(s, others) if others != own else []
+            for layer in known:
+                x, new = layer.memory[:own.stop - own.start], layer.scale is None
+                for samples, call in calls:
+                    part = layer.count(next(call)) if new else layer.centred(next(call))
+                    x.index_copy_(0, self.place[samples] - own.start, part.to(x.dtype))
+                if new:
+                    layer.settle(self.m)
+                    torch.addcmul(layer.shift, x, layer.scale, out=x)
+                yield x, ((samples, layer.centred(next(call))) for samples, call in more)
+            for _, call in calls:
+                next(call, None)  # more layers than before are an error
 
 
 class _Layer:
     """A layer's first sample and, by differences from it, its mean and size: accurate for any mean."""
 
-    def __init__(self, name, first):
-        self.name, self.first, self.sum, self.size, self.scale = name, first, 0.0, first.new_zeros(()), None
+    def __init__(self, name, first, sum_dtype):
+        self.name, self.first, self.size, self.scale = name, first, first.new_zeros(()), None
+        self.sum = torch.zeros_like(first, dtype=sum_dtype)
 
     def count(self, x):
         """Differences of features x (n, p) from the first sample, which are counted."""
         x = x - self.first
-        with _float32_products():
-            sums = x.new_ones(1, len(x)) @ x  # twice as fast as x.sum(0)
-        self.sum = self.sum + sums[0].to(_wide(x.device))
+        self.sum += x.sum(0)
         self.size = torch.stack([self.size, *torch.aminmax(x)]).abs().amax()
         return x
 
@@ -1472,85 +1475,80 @@ def _by_tiles(features, blocks):
     """For `_statistics`: HSICs of all samples and without each tenth, K'_ii, and sums of K'_ij^2 over j."""
     m, count, dtype, device = features.m, len(features.every), features.dtype, features.device
     size = -(-m // blocks)
-    edges = [(a, min(a + size, m)) for a in range(0, m, size)]
-    features.sort(edges)
-    progress = _progress(m * count * (len(edges) + (len(edges) > 1)))
-    for s, known in enumerate(features.known if len(edges) > 1 else ()):  # the means first
-        for samples, call in features.calls(s, 0, m):
+    edges = [*range(0, m, size), m]
+    cut = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    features.sort(size)
+    progress = _progress(m * count * (len(cut) + (len(cut) > 1)))
+    for s, known in enumerate(features.known if len(cut) > 1 else ()):  # the means first
+        for _, call in features.calls(s, slice(0, m)):
             for x, layer in zip(call, known):
                 layer.count(x)
-                progress(samples.stop - samples.start)
+                progress(len(x))
         for layer in known:
             layer.settle(m)
-    sums = torch.zeros(10, 10, count, count, dtype=_wide(device), device=device)  # by the tenths of i and j
-    diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
-    # all memory is used again and again: new memory is slow at first
-    entries = size ** 2 if blocks > 1 else size * (size + LEAST) // 2
-    tile = torch.empty(count * entries, dtype=dtype, device=device)
+    # one layer's features at a time, in the same memory: new memory is slow at first
     memory = torch.empty(size * max(map(max, features.widths)), device=device,
-                         dtype=features.product_dtype if blocks > 1 else dtype)
-    for i, own in enumerate(edges):
-        for others in edges[i:]:
-            parts = _parts(own, others, count, tile)
-            _fill(parts, features, own, others, memory, diagonal, progress)
-            for part in parts:
-                _add(*part, features.tenths, sums, rows)
-    wide = diagonal.to(sums.dtype)
-    hsic = [2 * sums.sum((0, 1)) + wide @ wide.T]
-    for g in range(10):
-        own = wide[:, features.tenths == g]
-        hsic.append(hsic[0] - 2 * (sums[g].sum(0) + sums[:, g].sum(0) - sums[g, g]) - own @ own.T)
+                         dtype=features.product_dtype if len(cut) > 1 else dtype)
+    for layer in features.every:
+        layer.memory = memory[:size * len(layer.first)].view(size, -1)
+    sums = torch.zeros(10, 10, count, count, dtype=features.sum_dtype, device=device)  # by tenths of i and j
+    diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
+    for own, others in itertools.combinations_with_replacement(cut, 2):
+        _tile(features, own, others, sums, diagonal, rows, progress)
+    wide, hsic = diagonal.to(sums.dtype), []
+    for left_out in range(-1, 10):  # first none of them
+        kept, own = [g for g in range(10) if g != left_out], wide[:, features.tenths != left_out]
+        hsic.append(2 * sums[kept][:, kept].sum((0, 1)) + own @ own.T)
     return torch.stack(hsic), diagonal, rows + diagonal.square()
 
 
-def _parts(own, others, count, memory):
-    """[(rows, columns, values (L, height, width))] of a tile: all of it, or on the diagonal where i <= j."""
-    rectangles = _halves(*own) if own == others else [(slice(*own), slice(*others))]
-    shapes = [(count, rows.stop - rows.start, columns.stop - columns.start) for rows, columns in rectangles]
-    pieces = memory[:sum(map(math.prod, shapes))].split([math.prod(shape) for shape in shapes])
-    return [(*slices, piece.view(shape)) for slices, piece, shape in zip(rectangles, pieces, shapes)]
-
-
-def _halves(start, stop):
-    """What covers the upper triangle of a square: its upper right quarter, then the other halves' own."""
+def _halves(square):
+    """What covers a square where i <= j: its upper right quarter, then the other halves' own."""
+    start, stop = square.start, square.stop
     if stop - start <= LEAST:
-        return [(slice(start, stop), slice(start, stop))]
+        return [(square, square)]
     middle = start + -(-(stop - start) // (2 * LEAST)) * LEAST
-    return [(slice(start, middle), slice(middle, stop)), *_halves(start, middle), *_halves(middle, stop)]
+    first, second = slice(start, middle), slice(middle, stop)
+    return [(first, second), *_halves(first), *_halves(second)]
 
 
-def _fill(parts, features, own, others, memory, diagonal, progress):
-    """Forms a tile of every layer's Gram matrix, in parts, and the diagonal where the tile is on it."""
-    def place_of(layer):
-        shape = own[1] - own[0], len(layer.first)
-        return memory[:math.prod(shape)].view(shape)
+def _tile(features, own, others, sums, diagonal, rows, progress):
+    """Forms K'_ij of all layers, i in block `own` and j in `others`, in parts, and adds up their products."""
+    parts = [(i, j, diagonal.new_empty(len(diagonal), i.stop - i.start, j.stop - j.start))
+             for i, j in (_halves(own) if own == others else [(own, others)])]
+    tf32 = features.precision == "tf32"
+    for index, (x, batches) in enumerate(features.layers(own, others)):
+        x = x.to(features.product_dtype)
+        with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
+            for i, j, values in parts if own == others else ():
+                left, right = (x[some.start - own.start:some.stop - own.start] for some in (i, j))
+                values[index] = _product(left, right, features)
+                if i == j:
+                    diagonal[index, i] = values[index].diagonal()
+                    values[index].triu_(1)
+        for samples, y in batches:
+            place = features.place[samples] - others.start
+            with _float32_products(tf32):
+                parts[0][2][index].index_copy_(1, place, _product(x, y.to(x.dtype), features))
+            progress(len(y))
+        progress(len(x))
+    for i, j, values in parts:
+        for index, layer in enumerate(values):
+            squares = layer.square()
+            rows[index, i] += squares.sum(1)
+            rows[index, j] += squares.sum(0)
+        with _float32_products():
+            runs = _runs(features.tenths[i]), _runs(features.tenths[j])
+            for (g, some), (h, columns) in itertools.product(*runs):
+                for entries in values[:, some, columns].flatten(1).split(ROWS, dim=1):
+                    sums[g, h] += entries @ entries.T
 
-    index, first, tf32 = 0, own[0], features.precision == "tf32"
-    for s in range(len(features.sources)):
-        calls = features.calls(s, *others) if own != others else []
-        for layer, x in features.layers(s, *own, place_of):
-            with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
-                for rows, columns, values in parts if own == others else ():
-                    left, right = (x[some.start - first:some.stop - first] for some in (rows, columns))
-                    gram = _product(left, right, features, values[index])
-                    if rows.start == columns.start:
-                        diagonal[index, rows] = gram.diagonal()
-                        gram.triu_(1)
-            for samples, call in calls:
-                y = layer.centred(next(call)).to(x.dtype)
-                columns = features.place[samples] - others[0]
-                with _float32_products(tf32):
-                    parts[0][2][index].index_copy_(1, columns, _product(x, y, features))
-            progress(len(x) + sum(samples.stop - samples.start for samples, _ in calls))
-            index += 1
 
-
-def _product(x, y, features, out=None):
-    """x @ y.T of what products are made of, as float32 (float64 for float64 features), perhaps into `out`."""
-    if x.dtype == features.dtype:
-        return torch.mm(x, y.mT, out=out)
-    product = x @ y.mT if x.device.type == "cpu" else torch.mm(x, y.mT, out_dtype=features.dtype)
-    return product.to(features.dtype) if out is None else out.copy_(product)
+def _product(x, y, features):
+    """x @ y.T of what products are made of, as float32 (float64 for float64 features)."""
+    if x.dtype == features.dtype or x.device.type == "cpu":
+        return (x @ y.mT).to(features.dtype)
+    return torch.mm(x, y.mT, out_dtype=features.dtype)
 
 
 def _runs(tenths):
@@ -1560,33 +1558,18 @@ def _runs(tenths):
     return [(g, slice(a, b)) for g, a, b in zip(values.tolist(), [0, *ends], ends)]
 
 
-def _add(own, others, values, tenths, sums, rows):
-    """Adds a part's entries, multiplied for all pairs of layers, to the sums by tenths and over rows."""
-    with _float32_products():
-        for g, some in _runs(tenths[own]):
-            strip, squares = values[:, some], torch.zeros_like(values[:, 0])
-            for row in strip.unbind(1):
-                squares.addcmul_(row, row)
-            rows[:, others] += squares
-            for h, columns in _runs(tenths[others]):
-                for part in strip[:, :, columns].transpose(0, 1).split(ROWS, dim=2):
-                    products = torch.bmm(part, part.mT)  # (rows, L, L)
-                    rows[:, own][:, some] += products.diagonal(dim1=1, dim2=2).T
-                    sums[g, h] += products.sum(0, dtype=sums.dtype)
-
-
 def _by_features(features, dominance):
     """As `_by_tiles`, where there are fewer features than samples: HSIC(K, L) is the squared norm of Xt Y."""
     m, device, dtype = features.m, features.device, features.dtype
-    features.sort([(0, m)])
+    features.sort(m)
     edges = [0, *itertools.accumulate(sum(features.widths, []))]
     columns = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    where, features.product_dtype = dict(zip(features.every, columns)), dtype
     every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
-    for s in range(len(features.sources)):
-        for _ in features.layers(s, 0, m, lambda layer: every[:, where[layer]]):
-            pass
-    parts = torch.zeros(10, edges[-1], edges[-1], dtype=_wide(device), device=device)
+    for layer, own in zip(features.every, columns):
+        layer.memory = every[:, own]
+    for _ in features.layers(slice(0, m), slice(0, m)):
+        pass
+    parts = torch.zeros(10, edges[-1], edges[-1], dtype=features.sum_dtype, device=device)
     rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
     with _float32_products():
         for g, tenth in _runs(features.tenths):
@@ -1602,14 +1585,14 @@ def _by_features(features, dominance):
     return hsic + hsic.triu(1).mT, diagonal, rows
 
 
+@torch.inference_mode(False)  # which a suspended source may have turned on
 def _statistics(features, few, hsic, diagonal, rows):
     """`GramStatistics` from what `_by_tiles` or, where features are `few`, `_by_features` returns."""
     hsic, diagonal, rows = (x.cpu().double() for x in (hsic, diagonal, rows))
     m, traces, squares = features.m, diagonal.sum(1), diagonal @ diagonal.T
-    for sums, what in ((traces, "features"), (hsic[0].diagonal(), "HSIC")):
-        for layer, finite in zip(features.every, sums.isfinite().tolist()):
-            if not finite:
-                raise ValueError(f"{layer.name}: {what} with NaN or infinite values")
+    for layer, value in zip(features.every * 2, [*traces, *hsic[0].diagonal()]):
+        if not value.isfinite():
+            raise ValueError(f"{layer.name}: NaN or infinite values in its features, or HSIC")
     # Song et al. 2012, Eq. (5); without its diagonal, row i of K' sums to -K'_ii
     n = m if m > 3 else math.nan
     more, less = traces.outer(traces) / ((n - 1) * (n - 2)), squares * 2 / (n - 2)
@@ -1649,8 +1632,8 @@ def _precision(wanted, device, m):
             "tf32": major >= 8, "float32": True}
     names = [name for name in able if able[name]]
     if wanted is not None and wanted not in names:
-        has = f"{device} with torch {torch.__version__} has {', '.join(names)}"
-        raise ValueError(f"precision {wanted!r}: {has}")
+        has = ", ".join(names)
+        raise ValueError(f"precision {wanted!r}: {device} with torch {torch.__version__} has {has}")
     return wanted or (names[0] if m >= 512 else "float32")  # of fewer, rounding shows and saves little
 
 
@@ -1690,19 +1673,14 @@ def free_memory(device):
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = [4 << 30]  # where nobody says
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        with open("/proc/meminfo") as file:
-            free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as file:  # Linux
+        free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
     for limit, used in (("memory.max", "memory.current"),
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # a container's; the word "max" where there is none
             with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
                 free.append(int(most.read()) - int(now.read()))
     return max(min(free), 1 << 28)
-
-
-def _wide(device):
-    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
 
 
 def _progress(total):

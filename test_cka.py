@@ -318,10 +318,14 @@ def ways_to_answer(g, inputs):
     def buffered(start, stop):
         return (b[:stop - start].copy_(x) for b, x in zip(buffers, list(run(start, stop).values())))
 
+    def in_inference_mode(start, stop):
+        with torch.inference_mode():
+            yield from lazily(start, stop)
+
     layers = [x.clone() for x in run(0, len(inputs)).values()]
     buffers = [torch.empty_like(x) for x in layers]
     return layers, {
-        "dict": run, "lazy": lazily, "views": source(layers),
+        "dict": run, "lazy": lazily, "views": source(layers), "a yield in inference mode": in_inference_mode,
         "map": lambda a, b: map(torch.clone, lazily(a, b)),
         "list": lambda a, b: list(run(a, b).values()),
         "values": lambda a, b: run(a, b).values(),
@@ -349,6 +353,7 @@ def test_cka_sources():
                 common.cka_matrix([ways[way], others[way]], 90, **options)
         else:
             got = common.cka_matrix([ways[way], others[way]], 90, **options)
+            assert not got.is_inference(), way
             assert_close(got, want, 1e-5, f"{way}, memory {memory}, batch {batch}")
 
 
@@ -359,6 +364,11 @@ def test_cka_refused():
     noisy = nn.Sequential(nn.Linear(6, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Dropout(0.5)).train()
     broken, good = y.clone(), source([x])
     broken[33, 4] = math.nan
+
+    def in_autocast(start, stop):
+        with torch.autocast("cpu", torch.bfloat16):
+            yield x[start:stop] @ x[:6]
+
     cases = {
         "a source not in a list": (good, ["list of sources", "function"]),
         "no source": ([], ["list of sources"]),
@@ -370,6 +380,7 @@ def test_cka_refused():
         "one string": ([lambda a, b: "features"], ["source 0", "returned a str"]),
         "no layers": ([good, lambda a, b: []], ["source 1", "0 layers"]),
         "a layer that is None": ([good, lambda a, b: [x[a:b], None]], ["source 1", "layer 1", "NoneType"]),
+        "an array of strings": ([lambda a, b: [np.full((b - a, 3), "1")]], ["layer 0", "ndarray"]),
         "complex": ([lambda a, b: [x[a:b], y[a:b] * 1j]], ["source 0", "layer 1", "complex"]),
         "no features": ([lambda a, b: [x[a:b, :0]]], ["source 0", "layer 0"]),
         "too many rows": ([good, lambda a, b: [x[a:b + 1]]], ["source 1", "layer 0", "rows"]),
@@ -379,6 +390,7 @@ def test_cka_refused():
         "fewer at once": ([lambda a, b: [x[a:b], y[a:b]][:1 + (a < 2)]], ["source 0", "layers"]),
         "more layers": ([lambda a, b: (z[a:b] for z in [x, y][:1 + (a > 20)])], ["source 0", "layer 1"]),
         "the first rows always": ([lambda a, b: [x[:b - a]]], ["source 0", "again"]),
+        "a yield inside autocast": ([good, in_autocast], ["source 1", "autocast", "before each yield"]),
         "training mode": ([good, lambda a, b: [noisy(x[a:b])]], ["source 1", "training mode"]),
         "not finite, first samples": ([lambda a, b: [x[a:b] / 0]], ["source 0", "layer 0", "NaN"]),
         "not finite, later": ([good, source([x, broken])], ["source 1", "layer 1", "NaN"]),
