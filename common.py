@@ -1614,7 +1614,7 @@ def _statistics(features, few, hsic, diagonal, rows):
         names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=3)
+            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=4)
     top, norms = rows.topk(-(-m // 100), dim=1), hsic.diagonal(dim1=1, dim2=2).sqrt()
     cka = hsic / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
     debiased = unbiased / unbiased.diagonal().sqrt()[:, None] / unbiased.diagonal().sqrt()

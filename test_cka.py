@@ -1520,7 +1520,7 @@ def test_errors_out_of_memory():
 
 def test_progress():
     """At a terminal a line is rewritten, once a second; once the time that the run takes is said."""
-    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.1)
+    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.2)
     err.isatty = lambda: True
     settings = {"method": "simclr", "seed": 0, "train_images": 1000, "batch_size": 10, "epochs": 2,
                 "warmup_epochs": 1}
