@@ -132,14 +132,13 @@ def quietly(function, *args, **options):
     return result, [str(warning.message) for warning in seen]
 
 
-def in_new_process(program):
-    """(output, errors) of statements that call this file `t`, in an interpreter that has done nothing yet."""
-    program = f"import test_cka as t\nt.SEED = {SEED}\n{program}"
+def python(*arguments, folder=HERE):
+    """Standard output of `python <arguments>`, one thread in a folder; it must end well."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=one_thread, text=True, timeout=300,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr[-600:]
-    return done.stdout, done.stderr
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=one_thread, text=True,
+                          timeout=300, capture_output=True)
+    assert done.returncode == 0, f"{arguments[-1]}: {done.stdout[-300:]} {done.stderr[-900:]}"
+    return done.stdout
 
 
 def peak_memory(device, work):
@@ -296,10 +295,8 @@ def test_cka_readme_examples():
     with temporary_folder() as folder:
         (folder / "cka.py").write_text(block)
         for number, example in enumerate(examples):
-            (folder / "example.py").write_text(example)
-            command = [sys.executable, "-W", "error::UserWarning", "example.py"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 0, f"example {number}: {done.stderr[-300:]}"
+            (folder / f"example_{number}.py").write_text(example)
+            python("-W", "error::UserWarning", f"example_{number}.py", folder=folder)
 
 
 def ways_to_answer(g, inputs):
@@ -439,8 +436,8 @@ def test_cka_planner():
     assert 5 < sum(asked) / 640 <= 6.1, f"each sample was asked for {sum(asked) / 640} times"
 
 
-def memory_in_use():
-    """Prints bytes used, and 1.2 budgets and a batch, for a generator that computes and for a list."""
+def check_memory():
+    """Asserts the peak of memory for a generator that computes and for a list, in a new process."""
     x, weights = torch.randn(400, 8), torch.randn(12, 8, 5000)
 
     def generator(start, stop):
@@ -451,15 +448,14 @@ def memory_in_use():
         common.cka_matrix([features], 50)  # the first products take memory for themselves
         for budget in (15e6, 60e6):
             options = {"precision": "float32", "memory": budget, "batch": 25}
-            work = functools.partial(common.cka_matrix, [features], 400, **options)
-            print(peak_memory(DEVICES[0], work), 1.2 * budget + 25 * 12 * 5000 * 4)
+            used = peak_memory(DEVICES[0], functools.partial(common.cka_matrix, [features], 400, **options))
+            allowed = 1.2 * budget + 25 * 12 * 5000 * 4
+            assert not used > allowed, f"{used / 1e6:.0f} MB in use, allowed {allowed / 1e6:.0f}"
 
 
 def test_cka_memory():
     """The memory in use stays within 1.2 times the budget and one batch."""
-    out, _ = in_new_process("t.memory_in_use()")
-    for used, allowed in (map(float, line.split()) for line in out.splitlines()):
-        assert not used > allowed, f"{used / 1e6:.0f} MB in use, allowed {allowed / 1e6:.0f}:\n{out}"
+    python("-c", "import test_cka; test_cka.check_memory()")
 
 
 def test_cka_progress():
@@ -1218,7 +1214,8 @@ def tiny_checkpoints():
     for method in METHODS:
         flags = flags_for(method, folder, "--seeds", 0, 1, "--checkpoint-every", 2)
         code, out, err = run_script(f"train_{method}.py", *flags)
-        assert code == 0 and out.count("epoch 2/2  loss") == 2, f"train_{method}.py: exit code {code}, {out} {err}"
+        ended = out.count("epoch 2/2  loss")
+        assert code == 0 and ended == 2, f"train_{method}.py: exit code {code}, {out} {err}"
         assert err == "" and "float32 on 1 x cpu, 2 epochs, 3 steps of 16 images" in out, f"{out} {err}"
     return folder
 
@@ -1559,10 +1556,9 @@ def test_ranks():
     """Two processes of torchrun end where one ends whose micro-batches are their shares, up to rounding."""
     folders = shared_folder() / "ranks", tiny_checkpoints()
     flags = flags_for("simclr", folders[0], "--seeds", 0, "--micro-batch", 16)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, "train_simclr.py", *map(str, flags)], cwd=HERE, text=True, timeout=300,
-                          capture_output=True)
-    assert done.returncode == 0 and done.stdout.count("epoch 1/2  loss") == 1, done.stdout + done.stderr[-900:]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = python(*torchrun, "train_simclr.py", *flags)
+    assert out.count("epoch 1/2  loss") == 1, out
     for record, want in zip(*(log_of(folder / "simclr_seed0.pt") for folder in folders)):
         for name in ("loss", "accuracy"):
             assert_close(record[name], want[name], 1e-3, name)
