@@ -501,20 +501,17 @@ def test_cka_surroundings():
         return torch.cat([found.cka, found.debiased_cka, few.expand(1, 4)])
 
     want = numbers()
-    for surrounding in (torch.inference_mode(), torch.enable_grad(), torch.autocast("cpu", torch.float16),
-                        torch.autocast("cpu", torch.bfloat16)):
-        with surrounding:
-            assert torch.equal(numbers(), want), f"{surrounding} changed the numbers"
-    for put, value, usual in ((torch.set_default_dtype, torch.float64, torch.float32),
-                              (torch.set_default_dtype, torch.bfloat16, torch.float32),
-                              (torch.use_deterministic_algorithms, True, False),
-                              (torch.set_float32_matmul_precision, "medium", "highest")):
-        put(value)
-        before = switches()
-        try:
-            assert torch.equal(numbers(), want) and switches() == before, f"{value} matters or was changed"
-        finally:
-            put(usual)
+    for grad_mode, rounded, default in ((torch.inference_mode, torch.float16, torch.float64),
+                                        (torch.enable_grad, torch.bfloat16, torch.bfloat16)):
+        with contextlib.ExitStack() as afterwards, grad_mode(), torch.autocast("cpu", rounded):
+            for put, value, usual in ((torch.set_default_dtype, default, torch.float32),
+                                      (torch.use_deterministic_algorithms, True, False),
+                                      (torch.set_float32_matmul_precision, "medium", "highest")):
+                afterwards.callback(put, usual)
+                put(value)
+            before = switches()
+            assert torch.equal(numbers(), want), f"{grad_mode}, autocast {rounded} or {before} matters"
+            assert switches() == before, f"{before} became {switches()}"
 
 
 def test_cka_noise():
