@@ -1856,14 +1856,12 @@ def bench_training(device, images=1280, batch=128):
         loss.item()
         moments.append(time.perf_counter())
 
-    for script, views in ((train_supervised, 1), (train_simclr, 2)):
+    for method, views in (("supervised", 1), ("simclr", 2)):
         moments = []
-        with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
-            flags = f"--preset demo --seeds 0 --subset {images} --batch-size {batch} --micro-batch {batch}"
-            argv = [script.__name__, *flags.split(), "--epochs", "1", "--out", str(folder)]
-            with mock.patch.object(sys, "argv", argv), mock.patch.object(common.Run, "count", count_and_wait):
-                script.main()
-            model = common.load_model(next(folder.glob("*.pt")), device).train().requires_grad_(True)
+        with temporary_folder() as folder, mock.patch.object(common.Run, "count", count_and_wait):
+            run_script(f"train_{method}.py", "--preset", "demo", "--seeds", 0, "--subset", images,
+                       "--epochs", 1, "--batch-size", batch, "--micro-batch", batch, "--out", folder)
+            model = common.load_model(folder / f"{method}_seed0.pt", device).train().requires_grad_(True)
         inputs = torch.rand(batch * views, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
 
         def bare():
@@ -1874,7 +1872,7 @@ def bench_training(device, images=1280, batch=128):
             model.zero_grad()
 
         [bare_s], step_s = least_times(device, 10, bare), min(np.diff(moments))
-        print(f"{script.__name__}, 32 px, batch {batch}: forward and backward {bare_s:.2f} s, "
+        print(f"train_{method}, 32 px, batch {batch}: forward and backward {bare_s:.2f} s, "
               f"step {step_s:.2f} s, ratio {step_s / bare_s:.2f}", flush=True)
     trained = list(model.parameters())
     for p in trained:
