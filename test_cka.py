@@ -218,9 +218,9 @@ def precisions(device):
 def test_cka_literal():
     """All of `GramStatistics`, and linear_cka, are literal: on every device, in every precision and form."""
     g = rng()
-    cases = ((4, 0, 900, None, 1), (9, 0, 900, None, 1), (150, 0, 15_000, None, 1),
-             (150, 100, 15_000, None, 1), (250, 2, 90, None, 1), (250, 2, 400, 600_000, 4),
-             (250, 2, 400, 350_000, 6), (512, 2, 800, None, 1))
+    cases = ((6, 0, 900, None, 1), (150, 0, 15_000, None, 1), (150, 100, 15_000, None, 1),
+             (250, 2, 90, None, 1), (250, 2, 400, 600_000, 4), (250, 2, 400, 350_000, 6),
+             (512, 2, 800, None, 1))  # of fewer than 6, rounding shows in the debiased value now and then
     for device, (m, mean, width, memory, passes) in itertools.product(DEVICES, cases):
         layers, found = random_layers(g, m, (30, 3, width)), {}
         layers[2][torch.randperm(m, generator=g)[:m // 100]] *= 40
@@ -228,13 +228,13 @@ def test_cka_literal():
         layers[2] = layers[2].view(m, 5, -1)
         constant = 1e3 * torch.rand(1, 9, generator=g).expand(m, 9).to(device)
         want, debiased, left_out = literal_cka(layers), literal_cka(layers, True), literal_left_out(layers)
-        for name, tolerance in precisions(device).items() if m > 9 else [("float32", 2e-6)]:
+        for name, tolerance in precisions(device).items() if m > 6 else [("float32", 2e-6)]:
             asked, what = [], f"{device} {name}, m = {m}, mean {mean}, width {width}, memory {memory}"
             sources = [source(layers[:2], asked), source([layers[2], constant])]
             got, seen = quietly(common.gram_statistics, sources, m, name, memory, batch=50)
-            found[name], loose = got.cka[:3, :3], max(tolerance, 2e-5 if m > 9 else 2e-4)
+            found[name], loose = got.cka[:3, :3], max(tolerance, 2e-5)
             assert got.cka.dtype == torch.float64 and got.cka.device.type == "cpu"
-            assert sum(asked) <= passes * m + 2 * min(m, 4), f"{what}: asked for {sum(asked)} samples"
+            assert sum(asked) <= passes * m + 8, f"{what}: asked for {sum(asked)} samples"
             assert_close(found[name], want, tolerance, what)
             assert_close(got.debiased_cka[:3, :3], debiased, loose, f"{what}, debiased")
             assert_close(got.left_out[:, :3, :3], left_out, tolerance, f"{what}, left out")
@@ -248,7 +248,7 @@ def test_cka_literal():
                 strongest = rows.topk(-(-m // 100)).values
                 assert_close(rows[dominant], strongest, loose, f"{what}, strength")
                 assert_close(dominance, strongest.sum(), loose, f"{what}, dominance")
-        if width > m > 9:
+        if width > m > 6:
             fastest_first = ("float16", "bfloat16", "tf32", "float32") if m >= 512 else ("float32",)
             best = next(name for name in fastest_first if name in found)
             default, _ = quietly(common.cka_matrix, sources, m, memory=memory, batch=50)
@@ -257,7 +257,7 @@ def test_cka_literal():
         for (i, j), is_debiased in itertools.product(((0, 1), (2, 0)), (False, True)):
             x, y = layers[i], layers[j] if device.type != "cpu" else layers[j].numpy()
             got, value = quietly(common.linear_cka, x, y, is_debiased)[0], (want, debiased)[is_debiased][i, j]
-            assert_close(got, value, 2e-5 if m > 9 else 2e-4, f"linear_cka, {what}, debiased {is_debiased}")
+            assert_close(got, value, 2e-5, f"linear_cka, {what}, debiased {is_debiased}")
     with mock.patch.object(common, "has_bf16", lambda device: False):
         assert list(precisions(torch.device("cpu"))) == ["float32"], "CPUs have no other fast products"
 
@@ -389,7 +389,9 @@ def test_cka_refused():
             common.cka_matrix([good], count)
     with mock.patch.object(common, "free_memory", lambda device: 625), raises(ValueError, "memory=500"):
         common.cka_matrix([good], m)
-    assert common.cka_matrix([good], 3, debiased=True).isnan().all(), "three samples have no debiased CKA"
+    for count in (3, 4):
+        got, _ = quietly(common.cka_matrix, [good], count, debiased=True)
+        assert got.isnan().all() == (count < 4), f"debiased CKA of {count} samples: {got}"
 
 
 def test_cka_same_memory():
