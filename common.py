@@ -180,7 +180,7 @@ def writable_folder(folder):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what published ResNet-50s expect
 LAYOUT = ("expected train/<class>/ and test/<class>/ with images; or cifar-10-python.tar.gz, which "
           "--download fetches into an empty or new folder; or --data synthetic")
-SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "cross")
+SYNTHETIC_CLASSES = [f"{texture} {shape}" for shape in ("disc", "flower")
                      for texture in ("plain", "upright striped", "level striped", "checked", "ringed")]
 # Images uint8 (n, 3, h, w) and labels int64 (n,), all on one device; class names in the order of the labels.
 Data = namedtuple("Data", "train_images train_labels test_images test_labels classes")
@@ -272,31 +272,20 @@ def _decode(file):
 
 
 def synthetic_images(n, seed):
-    """Images uint8 (n, 3, 32, 32), labels int64 (n,) of `SYNTHETIC_CLASSES`: shapes of random colours."""
+    """Images uint8 (n, 3, 32, 32), labels int64 (n,) of `SYNTHETIC_CLASSES`: textures of random colours."""
     g = torch.Generator().manual_seed(seed)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=g)
-
     labels = torch.randint(10, (n,), generator=g)
-    x = torch.arange(32.0) - uniform(12, 20, 1, 1)
-    y = torch.arange(32.0).view(32, 1) - uniform(12, 20, 1, 1)
-    tilt, radius = uniform(-0.2, 0.2, 1, 1), uniform(9, 14, 1, 1)
-    u = x * tilt.cos() + y * tilt.sin()  # pixels from the centre, along the shape's own axes
-    v = y * tilt.cos() - x * tilt.sin()
-    rho, a, b = torch.hypot(u, v), u.abs() / radius, v.abs() / radius
-    cross = torch.minimum(torch.maximum(a / 0.4, b), torch.maximum(a, b / 0.4))
-    size = torch.where((labels >= 5).view(n, 1, 1), cross, rho / radius)  # below 1 inside the shape
-    inside = (0.5 + (1 - size) * radius).clamp(0, 1).unsqueeze(1)  # one pixel wide edge
-    phase = uniform(0, 2 * math.pi, 1, 1)
-    waves = [(w * (2 * math.pi / 6) + phase).sin() for w in (u, v, rho)]  # six pixels a period
-    textures = torch.stack([torch.ones(n, 32, 32), waves[0], waves[1], waves[0] * waves[1], waves[2]], 1)
-    dark = textures[torch.arange(n), labels % 5].unsqueeze(1) < 0
-    back, front = torch.rand(n, 3, 1, 1, generator=g), torch.rand(n, 3, 1, 1, generator=g)
-    near = (front - back).abs().amax(1, keepdim=True) < 0.4  # too little contrast: move half the range away
-    front = torch.where(near, (back + 0.5) % 1, front)
-    shading = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=32, mode="bilinear", align_corners=False)
-    images = torch.lerp(back + shading, torch.where(dark, 1 - front, front), inside)
+    left, top, radius, turn = torch.rand(4, n, 1, 1, generator=g)
+    x, y = torch.arange(32.0) - 12 - 8 * left, torch.arange(32.0).view(32, 1) - 12 - 8 * top
+    x, y = torch.broadcast_tensors(x, y)  # (n, 32, 32): from the centre of the shape, in pixels
+    distance, petals = torch.hypot(x, y), torch.cos(4 * torch.atan2(y, x) + 2 * math.pi * turn)
+    edge = (9 + 4 * radius) * (1 + 0.4 * petals * (labels >= 5).view(n, 1, 1))
+    upright, level, ringed = (w % 6 < 3 for w in (x, y, distance))
+    textures = torch.stack([torch.zeros_like(ringed), upright, level, upright ^ level, ringed], 1)
+    dark = textures[torch.arange(n), labels % 5]
+    back, front = torch.rand(2, n, 3, 1, 1, generator=g)
+    shape = torch.where(dark[:, None], 1 - front, front)
+    images = torch.lerp(back, shape, (edge - distance).clamp(0, 1)[:, None])
     images += 0.06 * torch.randn(n, 3, 32, 32, generator=g)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
