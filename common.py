@@ -227,7 +227,8 @@ def _load_image_folder(folder):
     for folder_of_class in (entry for part in parts for entry in sorted(part.iterdir()) if entry.is_dir()):
         class_of |= dict.fromkeys(_files_below(folder_of_class, parts), folder_of_class.name)
     classes = sorted(set(class_of.values()))
-    files = [file for file in class_of if file.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
+    endings = torchvision.datasets.folder.IMG_EXTENSIONS
+    files = [file for file in class_of if file.suffix.lower() in endings and not file.is_dir()]
     n = sum(file.is_relative_to(parts[0]) for file in files)
     for part in (files[:n], files[n:]):
         missing = set(classes) - {class_of[file] for file in part}
@@ -578,7 +579,11 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
-        for p in itertools.chain(*(group["params"] for group in self.param_groups)):
+
+    def add_param_group(self, param_group):
+        """Adds parameters, with momenta of zero; `__init__` calls it too."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
@@ -664,7 +669,7 @@ def _gather(rows):
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.detach())
+    dist.all_gather(parts, rows.detach().contiguous())
     parts[rank()] = rows
     return torch.cat(parts)
 
@@ -771,8 +776,8 @@ def find_backbone(content, path, prefix=None):
     teacher, a query encoder, an online network. UserError if none is whole, with what the nearest lacks or
     has besides, and if several are left.
     """
-    tensors = {name.replace(".shortcut.", ".downsample."): tensor for name, tensor in _tensors(content)}
-    whole, faults = {}, [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
+    tensors, whole = dict(_tensors(content)), {}
+    faults = [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
     with torch.device("meta"):
         wanted = dict(list(torchvision.models.resnet50().state_dict().items())[:-2])  # the last two are fc's
     pattern = r"^((?:.*\.)?)(?:layer1|([234]))\.0\.conv1\.weight$"  # a number if names are nn.Sequential's
@@ -782,6 +787,8 @@ def find_backbone(content, path, prefix=None):
         for name in wanted:
             top, rest = name.split(".", 1)
             there = f"{start}{numbers[top] if layer1 else top}.{rest}"
+            if there not in tensors:
+                there = there.replace("downsample", "shortcut")
             if there in tensors:
                 network[name] = others.pop(there)
         wrong = [name for name, tensor in wanted.items() if "num_batches" not in name
@@ -958,7 +965,7 @@ def say(text, rewritten=False):
 
 def show_progress(run):
     """Says once where a run is and what is left, at a terminal every second, by the pace of this epoch."""
-    loss, (begin, end) = run.loss.item(), run.ends[run.epoch:run.epoch + 2]  # waits for the device
+    loss, (begin, end) = run.loss.item(), run.ends[run.epoch:run.epoch + 2]
     left, in_all = (timedelta(seconds=round((last - run.step) * run.pace)) for last in (end, run.total_steps))
     say(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  loss {loss:.3f}  "
         f"{run.batch_size / run.pace:.0f} images/s  left {left}, in all {in_all}", rewritten=run.shown)
@@ -1032,7 +1039,7 @@ class Run:
         while self.step < end:
             yield self.step
             self.step += 1
-            if self.due is None or self.step == end:
+            if self.due is None or self.step == end or time.perf_counter() > self.due:
                 self.loss.item()  # waits for the device
             now = time.perf_counter()
             self.pace = (now - since) / (self.step - first)  # seconds per step
@@ -1127,7 +1134,9 @@ def open_log(path):
 def drop_records(log, epoch):
     """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
     def is_kept(line):
-        return line.endswith(b"\n") and json.loads(line).get("epoch", 0) <= epoch
+        with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON, or not a record of ours
+            return line.endswith(b"\n") and json.loads(line).get("epoch", 0) <= epoch
+        return False
 
     log.seek(0)
     log.truncate(sum(map(len, itertools.takewhile(is_kept, log))))
@@ -1205,7 +1214,7 @@ import torch
 SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
           "a tensor of stop - start rows per layer, for any start and stop, and the same every time")
 LEAST = 64  # samples of the smallest squares on the diagonal of a Gram matrix, multiplied whole
-ROWS = 2048  # samples that are added up in float32 at most
+ROWS = 2048  # samples, or entries of a Gram matrix, that are added up in float32 at most
 
 
 class GramStatistics(NamedTuple):
@@ -1303,7 +1312,7 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     needed if not even blocks of 8 samples fit.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
-    held = max(held, largest * itemsize)
+    held = held or largest * itemsize
     if features < m and itemsize * (features * (m + 30 * features) + 2 * m * largest) <= memory:
         return 0
 
@@ -1357,9 +1366,10 @@ class _Features:
 
         def checked(layer):
             where = f"source {s}, layer {len(found)}, samples {start} to {stop - 1}: {type(layer).__name__}"
-            x = torch.empty(0)
-            with contextlib.suppress(TypeError, ValueError):  # an array of something else than numbers
-                x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else x
+            try:
+                x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
+            except (TypeError, ValueError) as error:  # an array that torch cannot take
+                raise ValueError(f"{where}: {error}; {SOURCE}") from None
             if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
                 raise ValueError(f"{where} {tuple(x.shape)} {x.dtype}, not {rows} rows of numbers; {SOURCE}")
             found.append(x[0].numel())
@@ -1387,6 +1397,7 @@ class _Features:
                 warnings.warn(f"source {s}: layers {i} and {j} are the same memory: if a hook gave one "
                               "before the network overwrote it, clone it in the hook", stacklevel=4)
         self.widths[s] = [x.shape[1] for x, _ in found]
+        self.held = max(self.held, *(x[0].nbytes for x, _ in found))  # at least: what a network works on
         for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
             one = x.new_ones(1, 1, dtype=torch.float32)
             if torch.nn.functional.linear(one, one).dtype != one.dtype:

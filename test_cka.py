@@ -344,7 +344,7 @@ def test_cka_sources():
                 common.cka_matrix([ways[way], others[way]], 90, **options)
         else:
             got = common.cka_matrix([ways[way], others[way]], 90, **options)
-            assert not got.is_inference(), way
+            assert not got.is_inference() and not torch.is_inference_mode_enabled(), way
             assert_close(got, want, 1e-5, f"{way}, memory {memory}, batch {batch}")
 
 
@@ -855,16 +855,15 @@ def test_augment_distribution():
         for name, measure in measures.items():
             got, want = (measure(*np.array(rows, float).T) for rows in (boxes, reference))
             assert_same_distribution(got, want, f"{name} of {height} x {width}")
-        assert_same_distribution(params["flip"], uniform < 0.5, "flip")
     for strength in (0.5, 1.0, 1.5):
-        p = common.draw_params(20000, 32, 32, "cpu", g, strength)
+        p = common.draw_params(50_000, 32, 32, "cpu", g, strength)
         ranges = [(max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength)] * 3
         ranges += [(-0.2 * strength, 0.2 * strength), (0.1, 2.0)]
         for i, (low, high) in enumerate(ranges):
             values = p["factors"][:, i] if i < 4 else p["sigma"]
             assert values.min() >= low and values.max() <= high
             assert_same_distribution(values, low + (high - low) * uniform, f"factor {i} at {strength}")
-        for name, rate in (("jitter", 0.8), ("gray", 0.2), ("blur", 0.5)):
+        for name, rate in (("flip", 0.5), ("jitter", 0.8), ("gray", 0.2), ("blur", 0.5)):
             assert_same_distribution(p[name], uniform < rate, name)
         assert_same_distribution(p["order"] @ digits, (orders @ digits).repeat(5000), "order")
 
@@ -1418,7 +1417,8 @@ def test_scripts_resumed():
             torch.save(older, path)
             path.with_name(f"{path.name}.elsewhere-1.tmp").write_bytes(b"left over")
             with open(path.with_suffix(".jsonl"), "ab") as log:
-                log.write(b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo')
+                cut_short = b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo'
+                log.write(cut_short if method == "simclr" else b"3\n\n\0\n")
             code, out, err = run_script(script, *flags)
             assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
             both = path, tiny_checkpoints() / path.name
@@ -1500,7 +1500,7 @@ def test_errors_out_of_memory():
 
 def test_progress():
     """At a terminal a line is rewritten, once a second; once the time that the run takes is said."""
-    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.2)
+    out, err, now = io.StringIO(), io.StringIO(), itertools.count(step=0.1)
     err.isatty = lambda: True
     settings = {"method": "simclr", "seed": 0, "train_images": 1000, "batch_size": 10, "epochs": 2,
                 "warmup_epochs": 1}
