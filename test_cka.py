@@ -919,6 +919,7 @@ def test_data_image_folder():
                        "test/ape/._0.png", "train/notes.txt", "train/bat/labels.txt"):
             (folder / hidden).parent.mkdir(exist_ok=True)
             (folder / hidden).write_bytes(b"no image")
+        (folder / "train/bat/empty.png").mkdir()
         (home / "more").mkdir()  # links to elsewhere are followed, once
         (folder / "test/cow/1.png").rename(home / "more/1.png")
         (folder / "test/cow/0.png").rename(home / "0.png")
