@@ -768,6 +768,11 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
     return model.to(device)
 
 
+def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=None):
+    """`load_model` with the arguments that a file of another project needs first, for use in other code."""
+    return load_model(path, device, method, image_size, mean, std)
+
+
 def find_backbone(content, path, prefix=None):
     """({torchvision's name: tensor}, prefix, names left out) of the one ResNet-50 in what a file holds.
 
