@@ -32,6 +32,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -530,12 +531,14 @@ def stream_representations(model, images):
 
     It keeps neither the images nor what was taken. Do not change the tensors: the network reads them later.
     """
-    groups = [getattr(model, f"layer{g}", ()) for g in range(1, 5)]
-    blocks = list(itertools.chain(*groups))
+    groups = [getattr(model, f"layer{g}", None) for g in range(1, 5)]
+    blocks = [block for group in groups if isinstance(group, nn.Sequential) for block in group]
     resnet, bottleneck = torchvision.models.ResNet, torchvision.models.resnet.Bottleneck
-    steps = [(getattr(model, name, None), getattr(resnet, name)) for name in ("forward", "_forward_impl")]
-    steps += [(block.forward, bottleneck.forward) for block in blocks]
-    own = any(getattr(step, "__func__", None) is not torchvisions for step, torchvisions in steps)
+    steps = [(model, getattr(resnet, name)) for name in ("forward", "_forward_impl")]
+    steps += [(group, nn.Sequential.forward) for group in groups]
+    steps += [(block, bottleneck.forward) for block in blocks]
+    own = any(getattr(getattr(module, step.__name__, None), "__func__", None) is not step
+              for module, step in steps)
     if own or tuple(map(len, groups)) != BLOCK_GROUPS or model._forward_pre_hooks:
         raise TypeError(f"representations() needs torchvision's ResNet-50, not {type(model).__name__}: not "
                         "wrapped, with no forward of its own and no hook before it")
@@ -704,12 +707,17 @@ def read_file(path):
     try:
         with explained(path, OSError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what a foreign file is; the error below says it
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # which torch.load does not ask
+                raise ValueError("checksum")
+            return content
     except UserError:
         raise
     except Exception as error:  # damaged files fail in many ways
         code = re.search(r"GLOBAL ([\w.]+)|(TorchScript)", str(error))
         what = f"{code[1] or code[2]} in it could run code" if code else "damaged or not by torch.save"
+        if "Unsupported operand" in str(error):
+            what += " with the usual pickle_protocol"
         raise UserError(f'{path}: {what}; expected: torch.save(model.state_dict(), "weights.pt"), or from '
                         'safetensors torch.save(safetensors.torch.load_file(FILE), "weights.pt")') from None
 
@@ -741,6 +749,9 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
     content = read_file(path)
     if is_checkpoint(content):
         settings = content["settings"] | {"epoch": content["epoch"]}
+    elif isinstance(content, dict) and {"backbone", "settings"} <= content.keys():
+        raise UserError(f"{path}: a checkpoint that lacks some of its settings; torch.save its \"backbone\" "
+                        "alone to use it as a state dict")
     else:
         weights, prefix, left_out = find_backbone(content, path, prefix)
         content = {"backbone": weights, "head": {}}
@@ -750,7 +761,7 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
             "stem": "cifar" if small else "imagenet", "stem_padding": padding, "standardise": True,
             "image_size": image_size or (32 if small else 224), "mean": list(mean or IMAGENET_MEAN),
             "std": list(std or IMAGENET_STD), "strength": 0.5 if small else 1.0, "blur": not small,
-            "file": str(path), "prefix": prefix, "left_out": left_out}
+            "file": Path(path).name, "prefix": prefix, "left_out": left_out}
         stem = f"3 x 3, --stem-padding {padding}, no max-pool" if small else "7 x 7, padding 3, max-pool"
         settings["note"] = (f"took the network at prefix '{prefix}'; assumed: stem {stem}, "
                             f"--mean {settings['mean']}, --std {settings['std']}")
@@ -759,13 +770,15 @@ def load_model(path, device="cpu", method=None, image_size=None, mean=None, std=
                             stem_padding=settings.get("stem_padding", 1))
     if not content["head"]:
         model.fc = nn.Identity()
-    load_weights(model, content, path, assign=True)
-    model.to(torch.float32, memory_format=torch.channels_last).eval()
-    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: NaN or infinity in {first_names(broken)}; take a file from before that")
-    model.settings = settings
-    return model.to(device)
+    with explained(path, RuntimeError, NotImplementedError):  # sparse tensors, say
+        load_weights(model, content, path, assign=True)
+        model.to(torch.float32, memory_format=torch.channels_last).eval()
+        broken = [name for name, value in model.state_dict().items() if "num_batches" not in name
+                  and not (value.is_floating_point() and value.isfinite().all())]
+        if broken:
+            raise UserError(f"{path}: integers, NaN or infinity in {first_names(broken)}; take another file")
+        model.settings = settings
+        return model.to(device)
 
 
 def load_any_model(path, method, device="cpu", image_size=None, mean=None, std=None):
@@ -781,7 +794,8 @@ def find_backbone(content, path, prefix=None):
     teacher, a query encoder, an online network. UserError if none is whole, with what the nearest lacks or
     has besides, and if several are left.
     """
-    tensors, whole = dict(_tensors(content)), {}
+    wrappers = r"(?<=layer\d)\._\w+|(?<=layer\d\.\d)\._\w+"  # layer1._orig_mod.0, of torch.compile
+    tensors, whole = {re.sub(wrappers, "", name): tensor for name, tensor in _tensors(content)}, {}
     faults = [(math.inf, f"found {first_names(list(tensors)) or 'no tensors'}")]
     with torch.device("meta"):
         wanted = dict(list(torchvision.models.resnet50().state_dict().items())[:-2])  # the last two are fc's
@@ -798,8 +812,9 @@ def find_backbone(content, path, prefix=None):
                 network[name] = others.pop(there)
         wrong = [name for name, tensor in wanted.items() if "num_batches" not in name
                  and getattr(network.get(name), "shape", None) not in (tensor.shape, (64, 3, 3, 3))]
-        besides = re.compile(re.escape(start) + r"(conv\d|bn\d|layer\d|stem|[2-7]\.\d)")  # the rest is a head
-        wrong += filter(besides.match, others)
+        besides = rf"{re.escape(start)}(conv\d|bn\d|layer\d|stem|[2-{int(layer1 or 4) + 3}]\.\d)"
+        wrong += [name for name in others if re.match(besides, name)  # the rest is a head, and thop's counts
+                  and not name.endswith(("total_ops", "total_params"))]
         faults.append((len(wrong), f"missing, of another shape or too many: {first_names(wrong)}"))
         if not wrong:
             whole[start] = network, start, list(others)

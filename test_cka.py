@@ -698,15 +698,20 @@ def test_representations_refuses():
         def forward(self, x):
             return self.bn3(self.conv3(x))
 
+    class Doubled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * 2
+
     models = torchvision.models
     with torch.device("meta"):
-        patched, hooked = models.resnet50(), models.resnet50()
+        patched, hooked, staged = (models.resnet50() for _ in range(3))
         patched._forward_impl = lambda x: x
+        staged.layer3 = Doubled(*staged.layer3)
         hooked.register_forward_pre_hook(lambda module, inputs: None)
         bent = [kind(block, [3, 4, 6, 3]) for kind, block in (
             (Padded, models.resnet.Bottleneck), (models.ResNet, Unrectified))]
         averaged = torch.optim.swa_utils.AveragedModel(models.resnet50())
-        for network in (*bent, patched, hooked, averaged, models.resnet101()):
+        for network in (*bent, patched, hooked, staged, averaged, models.resnet101()):
             with raises(TypeError, "ResNet-50"):
                 common.representations(network, torch.rand(1, 3, 32, 32))
 
@@ -1266,12 +1271,14 @@ def test_checkpoint_bad_files():
         marker, path = folder / "executed", folder / "supervised_seed0.pt"
         header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
         contents = [(struct.pack("<Q", len(header)) + header + bytes(4), "safetensors.torch.load_file")]
-        damaged = b"", b"hello", good[:len(good) // 2], pickle.dumps(Payload())
-        contents += zip(damaged, ["damaged or not by torch.save"] * 4)
+        middle = slice(len(good) // 2, len(good) // 2 + 99)
+        damaged = b"", b"hello", good[:middle.start], pickle.dumps(Payload()), bytearray(good)
+        damaged[-1][middle] = bytes(99)
+        contents += zip(damaged, ["damaged or not by torch.save"] * 5)
         for value, word in ((Payload(), "system"), (keys | {"backbone": Payload()}, "system"),
                             ({"args": argparse.Namespace(lr=1)}, "argparse.Namespace"),
                             ({"best": np.float64(71)}, "numpy"), (nn.Linear(2, 2), "Linear"),
-                            (keys, "no tensors"), ([1, 2], "no tensors")):
+                            (keys, "lacks some"), ([1, 2], "no tensors")):
             for zipped in (True, False):
                 buffer = io.BytesIO()
                 torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
@@ -1311,7 +1318,10 @@ def test_checkpoint_backbone_found():
         (plain | fc, "", ["fc.weight"]), ({"model_state_dict": plain, "epoch": 3}, "model_state_dict.", 0),
         ({name: value for name, value in plain.items() if "num_batches" not in name}, "", 0),
         ({"a": [{"model": state_dict("_orig_mod.")}]}, "a.0.model._orig_mod.", 0),
-        (state_dict("", layer1=3), "", 0), (state_dict("f.", layer1=4) | queue, "f.", ["queue"]),
+        (state_dict("", layer1=3) | {"7.1.weight": queue["queue"]}, "", ["7.1.weight"]),
+        (state_dict("f.", layer1=4) | queue, "f.", ["queue"]),
+        ({re.sub(r"layer(\d)\.", r"layer\1._orig_mod.", n): value for n, value in plain.items()}, "", 0),
+        (plain | {"layer1.total_ops": torch.ones(1)}, "", ["layer1.total_ops"]),
         ({n.replace("downsample", "shortcut"): value for n, value in state_dict("net.").items()}, "net.", 0),
         (state_dict("b.") | state_dict("c.d."), "b.", 318), (state_dict("a.") | uncounted, "a.", 265)]
     for name in ("encoder_k", "student", "target", "key_encoder", "momentum_backbone", "ema"):
@@ -1360,9 +1370,12 @@ def test_checkpoint_other_projects():
             assert s["method"] == arguments.get("method", "supervised") and not model.training
             assert s["prefix"] == "net." and all(word in s["note"] for word in words), s["note"]
             assert last.dtype == torch.float32 and torch.equal(last, plain["net.layer4.2.conv3.weight"])
-        torch.save(plain | {"net.bn1.bias": torch.full((64,), math.nan)}, folder / "net.pt")
-        with raises(common.UserError, "net.pt", "NaN", "bn1.bias"):
-            common.load_model(folder / "net.pt")
+        for bias, words in ((torch.full((64,), math.nan), ["NaN", "bn1.bias"]),
+                            (torch.ones(64).long(), ["integers", "bn1.bias"]),
+                            (torch.ones(64).to_sparse(), ["parse"]), (torch.ones(64, device="meta"), ["meta"])):
+            torch.save(plain | {"net.bn1.bias": bias}, folder / "net.pt")
+            with raises(common.UserError, "net.pt", *words):
+                common.load_model(folder / "net.pt")
     own = common.load_any_model(tiny_checkpoints() / "simclr_seed0.pt", "supervised").settings
     assert own["method"] == "simclr" and "note" not in own
 
