@@ -1370,10 +1370,10 @@ def test_checkpoint_other_projects():
             assert s["method"] == arguments.get("method", "supervised") and not model.training
             assert s["prefix"] == "net." and all(word in s["note"] for word in words), s["note"]
             assert last.dtype == torch.float32 and torch.equal(last, plain["net.layer4.2.conv3.weight"])
-        for bias, words in ((torch.full((64,), math.nan), ["NaN", "bn1.bias"]),
-                            (torch.ones(64).long(), ["integers", "bn1.bias"]),
-                            (torch.ones(64).to_sparse(), ["parse"]), (torch.ones(64, device="meta"), ["meta"])):
-            torch.save(plain | {"net.bn1.bias": bias}, folder / "net.pt")
+        mean = torch.ones(64)
+        for bad, words in ((mean * math.nan, ["NaN", "bn1.running_mean"]), (mean.to_sparse(), ["parse"]),
+                           (mean.long(), ["integers", "bn1.running_mean"]), (mean.to("meta"), ["meta"])):
+            torch.save(plain | {"net.bn1.running_mean": bad}, folder / "net.pt")
             with raises(common.UserError, "net.pt", *words):
                 common.load_model(folder / "net.pt")
     own = common.load_any_model(tiny_checkpoints() / "simclr_seed0.pt", "supervised").settings
