@@ -63,9 +63,12 @@ class UserError(Exception):
 def user_errors():
     """Turns what a user can mend into one line on stderr and exit code 2; wraps each script's `main()`."""
     code = 2
+    with contextlib.suppress(AttributeError):  # a stdout that is no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # so that any file's name can be printed
     try:
         with explained("these flags: lower --batch-size (in training --micro-batch), --samples or --subset"):
             yield
+        print(end="", flush=True)
         return
     except SystemExit as stop:
         code = stop.code
@@ -73,15 +76,17 @@ def user_errors():
         code = 130
     except BrokenPipeError:  # the reader of our output went away: nothing left to say
         code = 1
-        sys.stderr.close()
     except (UserError, OSError) as error:  # a folder taken away, say: the machine's trouble, not the code's
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
     except Exception:
         if world_size() == 1:
             raise
         traceback.print_exc()
+    try:
+        print(end="", flush=True)
+    except OSError:  # nor must what could not be written be written again on leaving
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if world_size() > 1:  # at once, as tidying up would wait for kernels that never finish
-        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -134,15 +139,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def number(kind, low=0, above=-math.inf):
-    """An argparse type: a finite int or float, at least `low` and above `above`."""
+def number(kind, low=0, above=-math.inf, most=1e30):
+    """An argparse type: an int or float, at least `low`, above `above` and at most `most`."""
     def parse(text):
-        value = kind(text)
-        if not low <= value < math.inf or value <= above:
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= most and kind(text) > above:
+                return kind(text)
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} {'above' if above == low else 'from'} {low}"
+                                         f"{f' to {most:,}' if most < 1e30 else ' on'}")
 
-    parse.__name__ = f"{kind.__name__} {'above' if above == low else 'from'} {low}"  # for argparse's error
     return parse
 
 
@@ -195,8 +201,10 @@ def load_data(path, device, download=False):
     """
     folder, cifar = Path(os.path.expanduser(path)), torchvision.datasets.CIFAR10
     with explained(f"--data {path} (for memory: fewer or smaller images, or --device cpu)", OSError):
-        found = sorted(name for name in os.listdir(folder) if name[0] != ".") if folder.exists() else []
-        if str(path) == "synthetic":
+        synthetic = str(path) == "synthetic"
+        found = [] if synthetic or not folder.exists() else sorted(os.listdir(folder))
+        found = [name for name in found if name[0] != "."]
+        if synthetic:
             data = *synthetic_images(4000, seed=1), *synthetic_images(500, seed=2), SYNTHETIC_CLASSES
         elif {"train", "test"} <= set(found):
             data = _load_image_folder(folder)
@@ -225,17 +233,21 @@ def channel_statistics(images):
 def _load_image_folder(folder):
     """What `Data` holds, of `train/<class>/*` and `test/<class>/*`; labels number the sorted class names."""
     parts, class_of = [(folder / part).resolve() for part in ("train", "test")], {}
-    for folder_of_class in (entry for part in parts for entry in sorted(part.iterdir()) if entry.is_dir()):
-        class_of |= dict.fromkeys(_files_below(folder_of_class, parts), folder_of_class.name)
-    classes = sorted(set(class_of.values()))
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = [file for file in class_of if file.suffix.lower() in endings and not file.is_dir()]
+    for entry in (entry for part in parts for entry in sorted(part.iterdir())):
+        class_of |= dict.fromkeys(_files_below(entry, parts), entry.name if entry.is_dir() else "")
+    classes, endings = sorted({*class_of.values()} - {""}), torchvision.datasets.folder.IMG_EXTENSIONS
+    files = [f for f in class_of if class_of[f] and f.suffix.lower() in endings and not f.is_dir()]
+    left_out = [str(file) for file in class_of.keys() - files if not file.is_dir()]
+    about = f"; {len(left_out)} files left out, in no class or named otherwise than {' '.join(endings)}: "
+    about = f"--data {folder}" + (about + first_names(sorted(left_out), most=1) if left_out else "")
     n = sum(file.is_relative_to(parts[0]) for file in files)
     for part in (files[:n], files[n:]):
         missing = set(classes) - {class_of[file] for file in part}
         if missing or not part:
-            raise UserError(f"--data {folder}: train and test need images of each class, one has none of "
+            raise UserError(f"{about}; train and test need images of each class, one has none of "
                             f"{first_names(sorted(missing)) or 'any'}; {LAYOUT}")
+    if left_out:
+        warn(about)
     labels = torch.tensor([classes.index(class_of[file]) for file in files])
     images = torch.empty(len(files), *_decode(files[0]).shape, dtype=torch.uint8)
     for i, image in enumerate(map(_decode, files)):  # one by one: Pillow's threads only wait for each other
@@ -252,11 +264,11 @@ def _files_below(path, known):
     """Files and empty folders at or below a path, sorted; not what is hidden or links to `known` folders."""
     if path.name.startswith(".") or path.name == "__MACOSX":
         return []
-    if not path.is_dir():
-        return [path]
     real = path.resolve()  # a link must not lead into or around what is being read
     if path.is_symlink() and any(real.is_relative_to(k) or k.is_relative_to(real) for k in known):
         return []
+    if not path.is_dir():
+        return [path]
     below = [file for entry in sorted(path.iterdir()) for file in _files_below(entry, [*known, real])]
     return below or [path]
 
@@ -685,7 +697,7 @@ def distributed(device_name):
         return
     if device_name in (None, "cuda") and torch.cuda.is_available():
         device_name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(device_name)
+    device = pick_device(device_name or "cpu")  # not mps, where processes cannot talk
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -867,12 +879,13 @@ def training_arguments(doc, presets, argv=None):
     preset = parser.parse_known_args(argv)[0].preset
     parser.add_argument("-h", "--help", action="help", help="print this and exit")
     parser.set_defaults(**presets[preset], out=f"checkpoints/{preset}")
-    count, positive = number(int, low=1), number(float, low=0)
+    count, positive, side = number(int, low=1), number(float), number(int, low=8, most=4096)
     group = parser.add_argument_group("what is trained")
     add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
     add("--download", "fetch CIFAR-10 into --data, if that is empty or new", action="store_true")
-    add("--seeds", "one network per seed, one after another (App. A: 3)", type=number(int, low=0), nargs="+")
-    add("--epochs", "passes over the training images (App. A)", type=count)
+    seed = number(int, most=2 ** 64)
+    add("--seeds", "one network per seed, one after another (App. A: 3)", type=seed, nargs="+")
+    add("--epochs", "passes over the training images (App. A)", type=number(int, low=1, most=10 ** 6))
     add("--lr", "learning rate per 256 images: the peak is lr * batch-size / 256", type=positive)
     add("--weight-decay", "L2 factor; batch norm and biases are exempt", type=positive)
     add("--warmup-epochs", "epochs of linear warmup (App. A)", type=positive)
@@ -880,7 +893,7 @@ def training_arguments(doc, presets, argv=None):
         add("--temperature", "tau of Eq. (1)", type=number(float, above=0))
     add("--stem", "7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)", choices=("imagenet", "cifar"))
     group = parser.add_argument_group("size and memory")
-    add("--image-size", "pixels, of training and test (footnote 3: 224; B.9: 32)", type=number(int, low=8))
+    add("--image-size", "pixels, of training and test (footnote 3: 224; B.9: 32)", type=side)
     add("--subset", "training images used, a fixed random choice; without it all", type=count)
     add("--batch-size", "images per step, over all processes (App. A)", type=count)
     add("--micro-batch", "images per forward and backward, per process: lower it to save memory", type=count)
@@ -963,8 +976,10 @@ def for_all_ranks(model, device):
         return model
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    # each rank keeps its own running statistics between saves
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.14 has another name for what older ones call so
+        # each rank keeps its own running statistics between saves
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def average_statistics(model):
@@ -974,10 +989,15 @@ def average_statistics(model):
             sum_over_ranks(buffer).div_(world_size())
 
 
+def at_terminal():
+    """True if somebody watches stderr; some services have none."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def say(text, rewritten=False):
     """Rank 0 prints a line on stdout, or a `rewritten` one on stderr, if a terminal: the next replaces it."""
-    if rank() == 0 and sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
+    if rank() == 0 and at_terminal():
+        width = min(shutil.get_terminal_size().columns - 1, 300)
         print(f"\r{text[:width] if rewritten else '':{width}}\r", end="", file=sys.stderr, flush=True)
     if rank() == 0 and not rewritten:
         print(text, flush=True)
@@ -989,7 +1009,7 @@ def show_progress(run):
     left, in_all = (timedelta(seconds=round((last - run.step) * run.pace)) for last in (end, run.total_steps))
     say(f"epoch {run.epoch + 1}/{run.epochs} step {run.step - begin} of {end - begin}  loss {loss:.3f}  "
         f"{run.batch_size / run.pace:.0f} images/s  left {left}, in all {in_all}", rewritten=run.shown)
-    run.shown, run.due = True, time.perf_counter() + (1 if sys.stderr.isatty() else math.inf)
+    run.shown, run.due = True, time.perf_counter() + (1 if at_terminal() else math.inf)
 
 
 class Run:
@@ -1022,13 +1042,14 @@ class Run:
         checkpoint = rank0_first(lambda: checkpoint_of_run(self.path, self.settings))
         if checkpoint:
             load_weights(model, checkpoint, self.path)
-            with explained(f"{self.path}: its optimizer state is damaged", LookupError, ValueError):
+            damaged = f"{self.path}: its optimizer state or its step is damaged"
+            with explained(damaged, LookupError, ValueError, TypeError, AttributeError, RuntimeError):
                 optimizer.load_state_dict(checkpoint["optimizer"])
                 for p in optimizer.param_groups[0]["params"]:
                     if optimizer.state[p]["momentum_buffer"].shape != p.shape:
                         raise ValueError("a momentum has another shape than its weight")
-                self.sums = checkpoint["sums"].to(self.device)
-            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+                self.sums = checkpoint["sums"].to(self.device).view(3)
+                self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
             resumed = f", resumed after epoch {self.epoch} and step {self.step}"
         if self.epoch >= self.epochs:
             say(f"{self.path}: finished, {self.epochs} epochs; skipped")
@@ -1084,8 +1105,9 @@ class Run:
         self.epoch += 1
         record = {"epoch": self.epoch, "loss": loss, "lr": rate,
                   "images_per_second": self.batch_size / self.pace, "accuracy": accuracy, **measured}
-        self.log.write((json.dumps(record) + "\n").encode())
-        self.log.flush()
+        with explained(f"{self.path.with_suffix('.jsonl')} is not written", OSError):
+            self.log.write((json.dumps(record) + "\n").encode())
+            self.log.flush()
         left = timedelta(seconds=round((self.total_steps - self.step) * self.pace))
         test = f"  test {measured['test_accuracy']:.3f}" if measured else ""
         say(f"{self.name}  epoch {self.epoch}/{self.epochs}  loss {loss:.4f}  accuracy {accuracy:.3f}{test}  "
@@ -1106,9 +1128,14 @@ class Run:
                        "backbone": backbone, "head": head, "optimizer": self.optimizer.state_dict()}
             write_atomically(self.path, functools.partial(torch.save, content))
         if self.stopped:
+            sum_over_ranks(torch.zeros(1))  # all wait for rank 0: torchrun kills it once another has ended
             say(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; "
                 "the same command resumes")
-            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])  # as without us; it may be another rank's
+            self.leave()
+
+    def leave(self):
+        """Exits as a process that the signal ends; it may be another rank that got it."""
+        sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
 
 def finite_sums(run):
@@ -1152,14 +1179,17 @@ def open_log(path):
 
 
 def drop_records(log, epoch):
-    """Removes the lines of epochs after `epoch`, which will be run again, and one that a kill cut short."""
+    """Removes the lines of epochs after `epoch`, which will be run again, and those that are no records."""
     def is_kept(line):
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON, or not a record of ours
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
             return line.endswith(b"\n") and json.loads(line).get("epoch", 0) <= epoch
         return False
 
     log.seek(0)
-    log.truncate(sum(map(len, itertools.takewhile(is_kept, log))))
+    kept = list(filter(is_kept, log))
+    if log.tell() > sum(map(len, kept)):
+        log.truncate(0)
+        log.writelines(kept)
 
 
 @contextlib.contextmanager
@@ -1167,6 +1197,8 @@ def open_run(args, method, seed, data, device):
     """A `Run`. While it is open no other process trains its network; signals and lack of memory end it."""
     def restore(*caught):  # also the handler: a second signal ends the process as usual
         run.signals += caught[:1]
+        if caught and world_size() > 1:  # but torchrun passes on the one that all have got already
+            return
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -1181,6 +1213,8 @@ def open_run(args, method, seed, data, device):
     with run.log, explained(advice):
         try:
             yield run
+            if sum_over_ranks(torch.tensor([len(run.signals)])):  # since the last step: it must not be lost
+                run.leave()
         finally:
             restore()
             say("", rewritten=True)  # clears what a failure leaves at a terminal
@@ -1734,7 +1768,8 @@ SAME_GROUP = np.equal.outer(np.repeat(GROUP, 2), np.repeat(GROUP, 2))  # (32, 32
 NAMES = {"simclr": "SimCLR", "supervised": "Supervised"}
 PAPER = "checkpoints/paper"  # where the training scripts put the networks of the full study
 FOREIGN = {  # what a state dict does not say about itself: flags for both sides, or --simclr-* for one
-    "image_size": {"type": number(int, low=8), "metavar": "N", "help": "pixels (default: 224; 3x3 stem: 32)"},
+    "image_size": {"type": number(int, low=8, most=4096), "metavar": "N",
+                   "help": "pixels (default: 224; 3x3 stem: 32)"},
     "mean": {"type": number(float, low=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
     "std": {"type": number(float, above=0), "nargs": 3, "metavar": "X", "help": "(default: ImageNet's)"},
     "prefix": {"metavar": "TEXT", "help": "before conv1.weight, where a file holds several networks"},

@@ -931,10 +931,12 @@ def test_data_image_folder():
         (folder / "test/cow/0.png").rename(home / "0.png")
         links = {"train/ape/loop": "..", "train/bat/inner/up": "../../../..", "test/x": "../train",
                  "test/cow/other": "../ape", "test/cow/more": home / "more", "../more/again": ".",
-                 "test/cow/0.png": home / "0.png"}
+                 "test/cow/0.png": home / "0.png", "test/bat/leak.png": "../../train/bat/0.png"}
         for link, target in links.items():
             (folder / link).symlink_to(target)
-        data = common.load_data("~/data", torch.device("cpu"))
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            data = common.load_data("~/data", torch.device("cpu"))
+        assert "warning: --data" in err.getvalue() and "2 files left out" in err.getvalue(), err.getvalue()
         single = common.load_data(write_images(home / "one", rng(), ("ant",), 1, 1), torch.device("cpu"))
     assert data.classes == ["ape", "bat", "cow"] and single.test_images.shape == (1, 3, 16, 16)
     assert data.train_labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -984,6 +986,7 @@ def test_data_refused():
              "half": (["train/ant/0.png"], "found train"),
              "archive": (["cifar-10-python.tar.gz"], "corrupted"),
              "classes": (["train/ant/0.png", "train/bee/0.png", "test/ant/0.png"], "none of bee"),
+             "gif": (["train/ant/0.gif", "test/ant/0.gif"], "2 files left out, in no class or named"),
              "none": (["train/0.png", "test/0.png"], "none of any"),
              "vanished": (["train/ant/0.png", "test/ant/0.png", "train/bee/.0.png"], "none of bee"),
              "empty": (["train/ant/0.png", "train/bee/0.txt", "test/ant/0.png", "test/bee/0.txt"], "of bee"),
@@ -1426,14 +1429,14 @@ def test_scripts_resumed():
             states = older["optimizer"]["state"]
             for state in ({}, states | {0: {"momentum_buffer": torch.zeros(3)}}):
                 torch.save(older | {"optimizer": older["optimizer"] | {"state": state}}, path)
-                assert_refused(script, *flags, words=[str(path), "optimizer state is damaged"])
+                assert_refused(script, *flags, words=[str(path), "optimizer state", "is damaged"])
             older["settings"] |= {"data": "data", "precision": "fp32"}
             del older["settings"]["train_images"]
             torch.save(older, path)
             path.with_name(f"{path.name}.elsewhere-1.tmp").write_bytes(b"left over")
-            with open(path.with_suffix(".jsonl"), "ab") as log:
-                cut_short = b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo'
-                log.write(cut_short if method == "simclr" else b"3\n\n\0\n")
+            log = path.with_suffix(".jsonl")
+            damaged = b'{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "lo', b"3\n\n\0\n"
+            log.write_bytes(damaged[1] + log.read_bytes() + damaged[method == "supervised"])
             code, out, err = run_script(script, *flags)
             assert code == 0 and "resumed after epoch 1" in out, f"{out[-300:]} {err[-300:]}"
             both = path, tiny_checkpoints() / path.name
@@ -1448,12 +1451,19 @@ def test_scripts_resumed():
 
 def test_scripts_again():
     """A finished network is skipped; other settings and a network in training are refused; all stays."""
+    def interrupted(path, read=common.read_file):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(path)
+
     for method in METHODS:
         path, script = tiny_checkpoints() / f"{method}_seed0.pt", f"train_{method}.py"
         flags = flags_for(method, path.parent, "--seeds", 0)
         before = path.stat().st_mtime_ns, path.with_suffix(".jsonl").read_bytes()
         code, out, _ = run_script(script, *flags)
         assert code == 0 and "skipped" in out
+        with mock.patch.object(common, "read_file", interrupted):
+            code, out, _ = run_script(script, *flags, "--seeds", 0, 1)
+        assert code == 128 + signal.SIGTERM and out.count("skipped") == 1, "the signal is lost"
         assert_refused(script, *flags, "--lr", 0.7, "--stem", "cifar", words=["lr", "0.7", "stem", "cifar"])
         with open(path.with_suffix(".jsonl"), "ab") as log:
             fcntl.flock(log, fcntl.LOCK_EX)
@@ -1473,8 +1483,9 @@ def test_scripts_refused():
         file.write_text("kept")
         small = flags_for("simclr", out, "--precision", "bfloat16")
         assert_refused("train_simclr.py", *small, words=["--image-size 16", "below 17 px"])
-        both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--image-size": (0,),
-                "--epochs": (0, 1.5), "--lr": ("nan", "inf", -1), "--weight-decay": (-1,), "--other": (1,),
+        both = {"--batch-size": (0, 1, 25), "--micro-batch": (0,), "--subset": (0, 41), "--other": (1,),
+                "--epochs": (0, 1.5, 10 ** 9), "--lr": ("nan", "inf", -1, 1e300), "--weight-decay": (-1,),
+                "--image-size": (0, 10 ** 9),
                 "--warmup-epochs": (-1, 5), "--checkpoint-every": (0,), "--seeds": (-1, "x"),
                 "--stem": ("huge",), "--precision": ("fp8",), "--preset": ("none",), "--device": ("meta",),
                 "--out": (file, file / "below"), "--data": (file, folder / "nothing")}
