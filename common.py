@@ -1988,7 +1988,8 @@ def judge(claims, arrays):
                 likely = [margin.mean() - doubt, margin.mean() + doubt, *(margin if few else ())]
                 signs.append(int(np.min(likely) > 0) - int(np.max(likely) < 0))  # of NaN neither
         verdict = ("does not hold", "undecided", "holds")[min(signs) + 1]
-        judged[claim] = verdict, f"{', '.join(texts)} (n = {len(values)})", " ".join(means)
+        counts = dict.fromkeys(str(len(values)) for values, *_ in quantities.values())
+        judged[claim] = verdict, f"{', '.join(texts)} (n = {' and '.join(counts)})", " ".join(means)
     return judged
 
 
@@ -2026,7 +2027,8 @@ def report(args, name, claims, plot, arrays):
         else:
             print(claim[:2], re.sub("(?i)simclr|supervised", lambda word: labels[word[0].lower()], numbers))
     print(f"{rest} CKA: {', '.join(others)}")
-    if ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks)):
+    demo = ours and (arrays["data"] == "synthetic" or any(s["preset"] == "demo" for _, s in networks))
+    if demo:
         print("networks of the demo or synthetic images: the verdicts mean nothing")
     if arrays["samples"] < 500 and not args.debiased:
         key = next(iter(debiased))
@@ -2034,18 +2036,18 @@ def report(args, name, claims, plot, arrays):
              f"{arrays[key].mean():.2f} on average, debiased {debiased[key].mean():.2f}; give --debiased, or "
              "more images")
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a label is a $
-        kind = "untrained " if arrays["untrained"] else ""
+        kind = "untrained " if arrays["untrained"] else "demo " if demo else ""
         figure = plot(estimators[shown] | {"debiased": args.debiased, "kind": kind})
         save = functools.partial(figure.savefig, dpi=150, format="png", bbox_inches="tight")
         write_atomically(f"{path}.png", save)
     print(f"drew {path}.png ({arrays['samples']} test images, {shown} CKA)")
 
 
-def new_figure(arrays, title, panels, widths=None):
+def new_figure(arrays, title, panels):
     """A figure and its row of axes, of the size all figures share; the title names other images."""
     figure = Figure((4.6 * panels, 4.6), layout="constrained")
     figure.suptitle(title + (f"; images of {arrays['data']}" if arrays["other_images"] else ""))
-    return figure, figure.subplots(1, panels, width_ratios=widths)
+    return figure, figure.subplots(1, panels)
 
 
 def cka_heatmaps(axes, matrices, titles, xlabel, ylabel, debiased):

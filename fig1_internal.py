@@ -58,11 +58,10 @@ def claims(method, arrays):
 def plot(method, arrays):
     """The three panels, from what the .npz holds."""
     mean, networks, label = arrays["pairs"].mean(0), arrays["networks"], arrays[f"label_{method}"]
-    count = len(arrays["pairs"])
-    what = f"mean of {count} pair{'' if count == 1 else 's'}"
-    if len(networks) == 1:
-        what = f"{networks[0]} with itself"
-    title = f"CKA between layers of {arrays['kind']}{label} networks: {what}"
+    what = f"{label} networks: mean of {len(arrays['pairs'])} pairs"
+    if len(networks) < 3:
+        what = f"{networks[0]} and {networks[1] if len(networks) == 2 else 'itself'}"
+    title = f"CKA between layers of {arrays['kind']}{what}"
     figure, axes = new_figure(arrays, title, panels=3)
     titles = [f"{label}, {layers} layers" for layers in ("all", "odd", "even")]
     down, across = networks if len(networks) == 2 else (label, label)  # one pair: which is which

@@ -173,8 +173,8 @@ def claims(arrays):
 
 def plot(arrays):
     """The three panels, from what the .npz holds."""
-    sides = [f"{arrays[f'label_{method}']} {len(arrays[f'probe_{method}'])}" for method in NAMES]
-    title = f"Mean and standard deviation over {arrays['kind']}networks: {', '.join(sides)}"
+    sides = [f"{len(arrays[f'probe_{method}'])} {arrays[f'label_{method}']}" for method in NAMES]
+    title = f"Mean and standard deviation over {arrays['kind']}networks ({', '.join(sides)})"
     figure, axes = new_figure(arrays, title, panels=3)
     cka = "debiased CKA" if arrays["debiased"] else "CKA"
     panels = (("probe", "Linear probes", "test accuracy"),
@@ -186,7 +186,7 @@ def plot(arrays):
             depth_lines(ax, arrays[f"{key}_{method}"], color, str(arrays[f"label_{method}"]))
         mark_block_groups(ax, width)
         ax.set(title=title, xlabel="even layer", ylabel=label, xlim=(-0.5, width - 0.5),
-               ylim=(min(0, ax.dataLim.y0), 1))  # debiased CKA may be negative
+               ylim=(min(0, ax.dataLim.y0), 1.02))  # debiased CKA may be negative
     axes[0].legend(loc="upper left")
     return figure
 

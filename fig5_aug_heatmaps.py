@@ -52,10 +52,10 @@ def claims(arrays):
 
 def plot(arrays):
     """The two panels, from what the .npz holds."""
-    figure, axes = new_figure(arrays, "CKA between two augmented copies of the test set", panels=2,
-                              widths=[len(arrays[method]) for method in METHODS])
-    titles = [f"{arrays['kind']}{arrays[f'label_{method}']} (mean of {len(arrays[f'networks_{method}'])})"
-              for method in METHODS]
+    figure, axes = new_figure(arrays, "CKA between two augmented copies of the test set", panels=2)
+    counts = [len(arrays[f"networks_{method}"]) for method in METHODS]
+    titles = [f"{arrays['kind']}{arrays[f'label_{method}']}{f', mean of {n} networks' if n > 1 else ''}"
+              for method, n in zip(METHODS, counts)]
     cka_heatmaps(axes, [arrays[method] for method in METHODS], titles, "layer, second copy",
                  "layer, first copy", arrays["debiased"])
     return figure

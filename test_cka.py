@@ -1782,11 +1782,13 @@ def test_figures_verdicts():
 def test_figures_stalling():
     """Claim 2d counts dots in the block group just left; a constant layer catches no dots."""
     arrays = {f"pairs_{method}": np.ones((1, 32, 32)) for method in METHODS}
+    arrays |= {f"dominance_{method}": np.ones((1, 32)) for method in METHODS}
     for dots, count in (([0] * 16, 1), ([2] * 7 + [6] * 6 + [12] * 3, 3), (list(range(16)), 0)):
         matrix = np.full((1, 32, 32), 0.2)
         matrix[0, 1::2, 1::2][np.arange(16), dots] = 0.9
         matrix[:, :, 11] = matrix[:, 11] = math.nan  # even layer 6 is constant, in both networks
         claims = fig2.claims(arrays | {"pairs": matrix})
+        assert not any(claim[:2] == "4d" for claim in claims), "one network cannot be compared with another"
         [found] = [list(quantities.values()) for claim, quantities in claims.items() if claim[:2] == "2d"]
         assert found[0][0] == [count], f"2d is {found} with dots at {dots}"
         nearest = fig2.most_similar(matrix[0, 1::2, 1::2])
