@@ -881,14 +881,16 @@ def training_arguments(doc, presets, argv=None):
     parser.set_defaults(**presets[preset], out=f"checkpoints/{preset}")
     count, positive, side = number(int, low=1), number(float), number(int, low=8, most=4096)
     group = parser.add_argument_group("what is trained")
-    add("--data", "folder of CIFAR-10 or of train/<class>/ and test/<class>/ images, or synthetic")
+    add("--data", "folder of CIFAR-10, which is fetched into the folder data if missing, or of "
+        "train/<class>/ and test/<class>/ images, or synthetic")
     add("--download", "fetch CIFAR-10 into --data, if that is empty or new", action="store_true")
     seed = number(int, most=2 ** 64)
     add("--seeds", "one network per seed, one after another (App. A: 3)", type=seed, nargs="+")
     add("--epochs", "passes over the training images (App. A)", type=number(int, low=1, most=10 ** 6))
     add("--lr", "learning rate per 256 images: the peak is lr * batch-size / 256", type=positive)
     add("--weight-decay", "L2 factor; batch norm and biases are exempt", type=positive)
-    add("--warmup-epochs", "epochs of linear warmup (App. A)", type=positive)
+    add("--warmup-epochs", "epochs of linear warmup (App. A); of a preset's at most half the --epochs",
+        type=positive)
     if parser.get_default("temperature"):
         add("--temperature", "tau of Eq. (1)", type=number(float, above=0))
     add("--stem", "7x7 stride 2 and max-pool, or 3x3 stride 1 (SimCLR B.9)", choices=("imagenet", "cifar"))
@@ -925,8 +927,8 @@ def run_settings(args, method, seed, data, device):
     # Seen with torch 2.14.1: gradients of BG4's first 3x3 product, with stride 2 on one pixel, are not set.
     one_pixel = (precision, args.stem, device.type) == ("bfloat16", "imagenet", "cpu")
     for wrong, what in (
-            (not batch_size <= n <= total, f"--batch-size {batch_size}, --subset {n}: the batch must be at "
-             f"most the subset, the subset at most the {total} training images"),
+            (n > total, f"--subset {n}: there are {total} training images; give at most as many"),
+            (batch_size > n, f"--batch-size {batch_size}: {n} images are trained on; give at most as many"),
             (batch_size % processes or local < 2 or last < 2, f"--batch-size {batch_size}, --micro-batch "
              f"{micro_batch}: give {processes} processes equal shares, in pieces of 2 images for batch norm"),
             (args.warmup_epochs > args.epochs, f"--warmup-epochs {args.warmup_epochs}: more than --epochs"),
@@ -1016,7 +1018,7 @@ class Run:
     """One network in training, from outside its loop: where it is, its files, and what follows every step.
 
     The weights are a function of the settings alone: killed at any moment and started again on the same
-    device, training ends in the same bits.
+    device, training in one process ends in the same bits.
     """
 
     def __init__(self, args, settings, images, device):
@@ -1787,14 +1789,19 @@ def figure_parser(doc):
         add(f"--{method}-label", metavar="TEXT", help=f"in figures (default: {name}, or the file's name)")
     add("--untrained", action="store_true", help="the same networks before training, standard initialisation")
     add = parser.add_argument_group("images and measuring").add_argument
-    add("--data", **path, help="as in training (default: that of the networks; for state dicts: data)")
+    add("--data", **path, help="as in training (default: that of the networks; for state dicts data, "
+        "where CIFAR-10 is fetched if it is missing)")
     add("--download", action="store_true", help="fetch CIFAR-10 into a --data folder that is empty or new")
-    add("--samples", type=number(int, low=8), help="test images, a fixed random choice (default: all)")
-    add("--batch-size", type=number(int, low=1), default=256, help="images per forward pass (default: 256)")
+    add("--samples", type=number(int, low=8), metavar="N",
+        help="test images, a fixed random choice (default: all)")
+    add("--batch-size", type=number(int, low=1), metavar="N", default=256,
+        help="images per forward pass (default: 256)")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda, else mps, else cpu)")
     add("--precision", choices=("float32", "tf32", "float16", "bfloat16"), help="of the Gram matrices' "
-        "products; tf32 and float16 on CUDA only (default: the fastest whose CKA error is below 1e-4)")
-    add("--memory", type=number(float, above=0), help="GB for CKA (default: four fifths of what is free)")
+        "products; tf32 and float16 on CUDA only (default: the fastest whose error is below 1e-4; below 512 "
+        "images float32)")
+    add("--memory", type=number(float, above=0), metavar="GB",
+        help="for CKA (default: four fifths of what is free)")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", **path, help="folder for .png and .npz (default: figures/<name of the folder or files>)")
     add("--debiased", action="store_true", help="draw, and judge first, debiased CKA instead of Eq. (2)")
@@ -1869,8 +1876,9 @@ def load_networks(args, method, device):
         found = [path for path in Path(folder).glob("*.pt") if re.fullmatch(rf"{method}_seed\d+", path.stem)]
         paths = sorted(found, key=lambda path: (len(path.name), path.name))
     if not paths:
-        raise UserError(f"--{method}: no files, and no {method}_seed*.pt in --checkpoints {folder or ''}, "
-                        f"which train_{method}.py writes; one side alone is for fig1_internal.py")
+        where = f"no {method}_seed*.pt, which train_{method}.py writes, in --checkpoints {folder}"
+        alone = "no files; one side alone is for fig1_internal.py"
+        raise UserError(f"--{method}: {where if folder else alone}")
     own = {name: getattr(args, f"{method}_{name}") for name in FOREIGN}
     options = {name: getattr(args, name) if value is None else value for name, value in own.items()}
     given = [name.replace("_", "-") for name, value in options.items() if value is not None]

@@ -60,7 +60,8 @@ def plot(method, arrays):
     mean, networks, label = arrays["pairs"].mean(0), arrays["networks"], arrays[f"label_{method}"]
     what = f"{label} networks: mean of {len(arrays['pairs'])} pairs"
     if len(networks) < 3:
-        what = f"{networks[0]} and {networks[1] if len(networks) == 2 else 'itself'}"
+        first, *second = (name.removeprefix("untrained ") for name in networks)
+        what = f"{first} and {' '.join(second) or 'itself'}"
     title = f"CKA between layers of {arrays['kind']}{what}"
     figure, axes = new_figure(arrays, title, panels=3)
     titles = [f"{label}, {layers} layers" for layers in ("all", "odd", "even")]

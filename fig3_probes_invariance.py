@@ -194,9 +194,10 @@ def plot(arrays):
 def main():
     parser = figure_parser(__doc__)
     add = parser.add_argument_group("probes").add_argument
-    add("--probe-epochs", type=number(int, low=1), default=10,
+    add("--probe-epochs", type=number(int, low=1), metavar="N", default=10,
         help="passes over the training images (default: 10)")
-    add("--probe-images", type=number(int, low=2), help="training images for the probes (default: all)")
+    add("--probe-images", type=number(int, low=2), metavar="N",
+        help="training images for the probes (default: all)")
     args = parser.parse_args()
     if args.replot:
         return replot(args, "fig3", claims, plot)
