@@ -1261,6 +1261,7 @@ import itertools
 import math
 import sys
 import time
+import traceback
 import warnings
 import weakref
 from typing import NamedTuple
@@ -1301,12 +1302,13 @@ def linear_cka(x, y, debiased=False):
     [0, 1]; the debiased one is at most 1, and about 0 for unrelated representations. ValueError for other
     shapes, fewer than 2 samples (debiased: 4), a constant representation, NaN or infinite values.
     """
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    x, y = _tensor(x), _tensor(y)
     if x.ndim == 0 or x.shape[:1] != y.shape[:1]:
         raise ValueError(f"linear_cka needs the same samples, got {tuple(x.shape)} and {tuple(y.shape)}")
     sources = [lambda start, stop: [x[start:stop]], lambda start, stop: [y[start:stop]]]
     with warnings.catch_warnings():
-        warnings.simplefilter("default" if debiased else "ignore")  # they are about debiased values
+        if not debiased:  # which they are about
+            warnings.simplefilter("ignore")
         found = gram_statistics(sources, len(x), "float32", batch=ROWS, dominance=False)
     value = (found.debiased_cka if debiased else found.cka)[0, 1]
     if value.isnan():
@@ -1314,6 +1316,11 @@ def linear_cka(x, y, debiased=False):
         raise ValueError(f"linear_cka: {constant} is constant over samples" if constant else
                          "linear_cka: debiased, at least 4 samples must matter beyond rounding errors")
     return value.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _tensor(x):
+    """x as a tensor where it is, whatever the default device."""
+    return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")
 
 
 def cka_matrix(sources, m, debiased=False, **options):
@@ -1351,12 +1358,18 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
         for kind in ("cpu", "cuda", "mps"):
             with contextlib.suppress(RuntimeError):  # a torch whose autocast does not know this kind
                 surroundings.enter_context(torch.autocast(kind, enabled=False))
+        surroundings.push(_close_sources)
         features = _Features(sources, int(m), precision, batch)
-        memory = int(free_memory(features.device) * 0.8 if memory is None else memory)
+        memory = free_memory(features.device) * 0.8 if memory is None else memory
         blocks = plan(features.widths, features.m, memory, features.batch, features.held,
                       features.dtype.itemsize, features.product_dtype.itemsize)
         sums = _by_tiles(features, blocks) if blocks else _by_features(features, dominance)
         return _statistics(features, blocks == 0, *sums)
+
+
+def _close_sources(kind, error, where):
+    """After an error: ends generators that it would keep suspended, in grad and other modes of their own."""
+    traceback.clear_frames(where)
 
 
 def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
@@ -1369,7 +1382,7 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
     held = held or largest * itemsize
-    if features < m and itemsize * (features * (m + 30 * features) + 2 * m * largest) <= memory:
+    if features < m and itemsize * (features * (m + 30 * features) + 6 * m * layers) <= memory:
         return 0
 
     def needed(blocks):
@@ -1394,7 +1407,7 @@ class _Features:
         if not isinstance(sources, (list, tuple)) or not sources:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
         self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
-        self.widths, self.held = [[] for _ in sources], 0
+        self.widths, self.names, self.held = [[] for _ in sources], [[] for _ in sources], 0
         first = list(map(self.look, range(len(sources))))
         self.device = first[0][0].device
         wide = any(x.dtype == torch.float64 for layers in first for x in layers)
@@ -1414,7 +1427,11 @@ class _Features:
             layers = self.sources[s](start, stop)
         except TypeError as error:
             raise ValueError(f"source {s} failed when called: {error}; {SOURCE}") from error
-        layers = layers.values() if isinstance(layers, dict) else layers
+        if isinstance(layers, dict):  # its values; the first call's order holds for all
+            names = self.names[s] = self.names[s] or list(layers)
+            if layers.keys() != set(names):
+                raise ValueError(f"source {s} returned other layers than for the first samples; {SOURCE}")
+            layers = [layers[name] for name in names]
         if isinstance(layers, str) or hasattr(layers, "dtype") or not hasattr(layers, "__iter__"):
             raise ValueError(f"source {s} returned a {type(layers).__name__}; {SOURCE}")
         if not hasattr(layers, "__next__"):
@@ -1423,7 +1440,7 @@ class _Features:
         def checked(layer):
             where = f"source {s}, layer {len(found)}, samples {start} to {stop - 1}: {type(layer).__name__}"
             try:
-                x = torch.as_tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
+                x = _tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
             except (TypeError, ValueError) as error:  # an array that torch cannot take
                 raise ValueError(f"{where}: {error}; {SOURCE}") from None
             if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
@@ -1446,7 +1463,7 @@ class _Features:
 
         ValueError if the answers differ. Notes how many bytes per sample a suspended call keeps.
         """
-        few, alive = min(self.m, 4), []
+        few, alive = min(self.m, 6), []
         found = [(x, x.clone()) for x in self.ask(s, 0, few)]
         for (i, (x, copy)), (j, (y, other)) in itertools.combinations(enumerate(found), 2):
             if x.data_ptr() == y.data_ptr() and torch.equal(copy, other):
@@ -1459,15 +1476,15 @@ class _Features:
             if torch.nn.functional.linear(one, one).dtype != one.dtype:
                 raise ValueError(f"source {s} yields inside torch.autocast, which then changes what others "
                                  "compute: end it before each yield, or return a list")
-            apart = (x - torch.cat(turns)).norm()  # rounding may depend on the batch
-            if apart > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():
+            again, x = (z.cpu().double() for z in (torch.cat(turns), x))  # whose norms do not overflow
+            if (x - again).norm() > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():  # a batch may round so
                 raise ValueError(f"source {s} gives other features when asked again: is a network in "
                                  "training mode, are samples in another order, or do calls share memory "
                                  f"(then return a list of clones, not a generator)? {SOURCE}")
             del turns
             kept = sum(layer().nbytes for layer in alive if layer() is not None)
             self.held = max(self.held, kept // (few // 2))
-        return [x[0] for _, x in found]
+        return [x[0].clone() for _, x in found]
 
     def sort(self, size):
         """Puts the samples of each block of this size in the order of the random tenths that they are in."""
@@ -1479,6 +1496,15 @@ class _Features:
         """[(samples, layers)] of the calls, a batch each, that cover a block; none runs yet."""
         edges = [*range(block.start, block.stop, self.batch), block.stop]
         return [(slice(a, b), self.ask(s, a, b)) for a, b in zip(edges, edges[1:])]
+
+    def once(self):
+        """Yields (layer, samples, their differences from the first), call after call: then means are known."""
+        for s, known in enumerate(self.known):
+            for samples, call in self.calls(s, slice(0, self.m)):
+                for x, layer in zip(call, known):
+                    yield layer, samples, layer.count(x)
+            for layer in known:
+                layer.settle(self.m)
 
     def layers(self, own, others):
         """Yields (x, batches) of each layer: x of block `own`, centred and sorted, in the layer's `memory`.
@@ -1521,6 +1547,7 @@ class _Layer:
         limit = 1000 if self.first.dtype == torch.float64 else 120
         self.scale = torch.exp2((10 - self.size.log2().ceil()).clamp(-limit, limit))
         self.shift = (self.sum / m).to(self.first.dtype) * -self.scale
+        del self.sum
 
     def centred(self, x):
         """Features x (n, p), centred over all samples and scaled."""
@@ -1535,27 +1562,23 @@ def _by_tiles(features, blocks):
     cut = [slice(a, b) for a, b in zip(edges, edges[1:])]
     features.sort(size)
     progress = _progress(m * count * (len(cut) + (len(cut) > 1)))
-    for s, known in enumerate(features.known if len(cut) > 1 else ()):  # the means first
-        for _, call in features.calls(s, slice(0, m)):
-            for x, layer in zip(call, known):
-                layer.count(x)
-                progress(len(x))
-        for layer in known:
-            layer.settle(m)
+    for _, _, x in features.once() if len(cut) > 1 else ():  # the means first
+        progress(len(x))
     # one layer's features at a time, in the same memory: new memory is slow at first
     memory = torch.empty(size * max(map(max, features.widths)), device=device,
                          dtype=features.product_dtype if len(cut) > 1 else dtype)
     for layer in features.every:
         layer.memory = memory[:size * len(layer.first)].view(size, -1)
-    sums = torch.zeros(10, 10, count, count, dtype=features.sum_dtype, device=device)  # by tenths of i and j
+    # what has i or j in a tenth, and everything, of all pairs of layers
+    sums = torch.zeros(11, count, count, dtype=features.sum_dtype, device=device)
     diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
     for own, others in itertools.combinations_with_replacement(cut, 2):
         _tile(features, own, others, sums, diagonal, rows, progress)
-    wide, hsic = diagonal.to(sums.dtype), []
-    for left_out in range(-1, 10):  # first none of them
-        kept, own = [g for g in range(10) if g != left_out], wide[:, features.tenths != left_out]
-        hsic.append(2 * sums[kept][:, kept].sum((0, 1)) + own @ own.T)
-    return torch.stack(hsic), diagonal, rows + diagonal.square()
+    for g in range(10):
+        own = diagonal[:, features.tenths == g].to(sums.dtype)
+        sums[[g, -1]] += own @ own.T / 2  # the rest counts twice, as K' is symmetric
+    hsic = 2 * torch.cat([sums[-1:], sums[-1] - sums[:-1]])
+    return hsic, diagonal, rows + diagonal.square()
 
 
 def _halves(square):
@@ -1597,7 +1620,7 @@ def _tile(features, own, others, sums, diagonal, rows, progress):
             runs = _runs(features.tenths[i]), _runs(features.tenths[j])
             for (g, some), (h, columns) in itertools.product(*runs):
                 for entries in values[:, some, columns].flatten(1).split(ROWS, dim=1):
-                    sums[g, h] += entries @ entries.T
+                    sums[list({g, h, 10})] += entries @ entries.T
 
 
 def _product(x, y, features):
@@ -1623,8 +1646,10 @@ def _by_features(features, dominance):
     every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
     for layer, own in zip(features.every, columns):
         layer.memory = every[:, own]
-    for _ in features.layers(slice(0, m), slice(0, m)):
-        pass
+    for layer, samples, x in features.once():  # calls that are suspended would hold more than their features
+        layer.memory.index_copy_(0, features.place[samples], x)
+    for layer in features.every:
+        torch.addcmul(layer.shift, layer.memory, layer.scale, out=layer.memory)
     parts = torch.zeros(10, edges[-1], edges[-1], dtype=features.sum_dtype, device=device)
     rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
     with _float32_products():
@@ -1747,7 +1772,7 @@ def _progress(total):
     def add(amount):
         nonlocal done, shown
         done, now = done + amount, time.monotonic()
-        if sys.stderr.isatty() and now - start > 3 and (now - shown > 0.5 or done >= total):
+        if getattr(sys.stderr, "isatty", bool)() and now - start > 3 and (now - shown > 0.5 or done >= total):
             left = (now - start) * (total / done - 1)
             text = f"CKA {done / total:4.0%}, {left:.0f} s left   " if done < total else " " * 40
             print(f"\r{text}\r", end="", file=sys.stderr, flush=True)
