@@ -1498,7 +1498,7 @@ class _Features:
         return [(slice(a, b), self.ask(s, a, b)) for a, b in zip(edges, edges[1:])]
 
     def once(self):
-        """Yields (layer, samples, their differences from the first), call after call: then means are known."""
+        """Yields (layer, samples, differences from the first), call after call; then means are known."""
         for s, known in enumerate(self.known):
             for samples, call in self.calls(s, slice(0, self.m)):
                 for x, layer in zip(call, known):

@@ -463,6 +463,8 @@ def test_cka_memory():
 def test_cka_progress():
     """At a terminal a line says the share done and the time left, and is wiped at the end; else nothing."""
     x = torch.randn(60, 90, generator=rng())
+    with mock.patch.object(sys, "stderr", None):  # as in some services
+        common.cka_matrix([source([x, x * x])], 60)
     for terminal, memory in itertools.product((True, False), (None, 20_000)):
         err, clock = io.StringIO(), itertools.count(step=4.0)
         err.isatty = lambda: terminal
@@ -511,9 +513,19 @@ def test_cka_surroundings():
                                       (torch.set_float32_matmul_precision, "medium", "highest")):
                 afterwards.callback(put, usual)
                 put(value)
+            afterwards.enter_context(torch.device("meta"))  # as the default
             before = switches()
             assert torch.equal(numbers(), want), f"{grad_mode}, autocast {rounded} or {before} matters"
             assert switches() == before, f"{before} became {switches()}"
+
+    def failing(start, stop):
+        with torch.no_grad():
+            yield layers[0][start:stop]
+            yield layers[1][start:stop, start // 50:]
+
+    with raises(ValueError, "source 0, layer 1"):
+        common.cka_matrix([failing], 70, batch=10)
+    assert torch.is_grad_enabled(), "a generator that an error kept open has turned gradients off"
 
 
 def test_cka_noise():
@@ -1059,6 +1071,7 @@ def recorded_run(script, device, folder, micro_batch, model):
         def step(self):
             group = self.param_groups[0]
             weights = [p.detach().cpu().clone() for p in group["params"]]
+            assert group["weight_decay"] == (1e-6 if script is train_simclr else 1e-4)
             steps.append((weights, [p.grad.cpu().clone() for p in group["params"]], group["lr"]))
             super().step()
 
