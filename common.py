@@ -1576,8 +1576,9 @@ def _by_tiles(features, blocks):
         _tile(features, own, others, sums, diagonal, rows, progress)
     for g in range(10):
         own = diagonal[:, features.tenths == g].to(sums.dtype)
-        sums[[g, -1]] += own @ own.T / 2  # the rest counts twice, as K' is symmetric
-    hsic = 2 * torch.cat([sums[-1:], sums[-1] - sums[:-1]])
+        for which in (g, 10):
+            sums[which] += own @ own.T / 2  # half, as the rest counts twice: K' is symmetric
+    hsic = 2 * torch.cat([sums[10:], sums[10] - sums[:10]])
     return hsic, diagonal, rows + diagonal.square()
 
 
@@ -1620,7 +1621,9 @@ def _tile(features, own, others, sums, diagonal, rows, progress):
             runs = _runs(features.tenths[i]), _runs(features.tenths[j])
             for (g, some), (h, columns) in itertools.product(*runs):
                 for entries in values[:, some, columns].flatten(1).split(ROWS, dim=1):
-                    sums[list({g, h, 10})] += entries @ entries.T
+                    product = entries @ entries.T
+                    for which in {g, h, 10}:
+                        sums[which] += product
 
 
 def _product(x, y, features):
