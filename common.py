@@ -1232,7 +1232,6 @@ def open_run(args, method, seed, data, device):
 # ---- copy from here ----
 # Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) over all samples,
 # between all layers of any number of networks, in bounded memory. Needs torch 2.1 or newer, nothing else.
-#
 # Two saved feature files, or any two arrays with a row per sample:
 #
 #     x, y = (torch.load(name, weights_only=True) for name in ("x.pt", "y.pt"))
@@ -1243,18 +1242,15 @@ def open_run(args, method, seed, data, device):
 # is called for any start and stop, first for a few samples, and must answer the same every time: network in
 # eval mode, data in a fixed order, no memory that two calls share. With hooks and a DataLoader:
 #
+#     features = {}
+#     for name, module in model.eval().named_children():  # clone: a ResNet overwrites what bn1 and bn3 return
+#         module.register_forward_hook(lambda m, x, out, name=name: features.update({name: out.clone()}))
+#
 #     def source(start, stop):
-#         features = {}
-#         def keep(name):  # clone: a ResNet of torchvision overwrites what its bn1 and bn3 return
-#             return lambda module, inputs, output: features.update({name: output.clone()})
-#         hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_children()]
 #         for images, _ in DataLoader(Subset(data, range(start, stop)), batch_size=stop - start):
 #             model(images)
-#         for hook in hooks:
-#             hook.remove()
-#         return features
+#         return dict(features)
 #
-#     model.eval()
 #     matrix = cka_matrix([source], m=len(data))  # (layers, layers); [source, other] for two networks
 import contextlib
 import itertools
