@@ -1305,7 +1305,7 @@ def linear_cka(x, y, debiased=False):
     with warnings.catch_warnings():
         if not debiased:  # which they are about
             warnings.simplefilter("ignore")
-        found = gram_statistics(sources, len(x), "float32", batch=ROWS, dominance=False)
+        found = gram_statistics(sources, len(x), "float32", batch=1024, dominance=False)
     value = (found.debiased_cka if debiased else found.cka)[0, 1]
     if value.isnan():
         constant = " and ".join("xy"[i] for i in found.constant)
@@ -1331,8 +1331,9 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
     sources: list of functions, one per network or view, as the comment at the top describes them. Layers may
         differ in number and shape. Tokens, channels and positions are flattened: pick or average them first.
     precision: of the Gram matrices' products: "float32"; "tf32" (CUDA); "float16" (CUDA) or "bfloat16":
-        rounded inputs (on CPUs results too). None: the fastest with errors below 1e-4. Features are centred
-        first, which is what makes rounding harmless. Float64 features keep float64 products.
+        rounded inputs (on CPUs results too). None: the fastest with errors below 1e-4 for features of
+        networks; those with few distinct values, as bits or counts, round alike: give "float32". Features are
+        centred first, which is what makes rounding harmless. Float64 features keep float64 products.
     memory: bytes on the features' device to use beside one batch's forward pass; None: four fifths of what is
         free. The less, the more often a source is asked for the same samples: see `plan`.
     batch: samples per call of a source.
