@@ -1215,7 +1215,7 @@ def open_run(args, method, seed, data, device):
     with run.log, explained(advice):
         try:
             yield run
-            if sum_over_ranks(torch.tensor([len(run.signals)])):  # since the last step: it must not be lost
+            if run.signals:  # since the last step: it must not be lost
                 run.leave()
         finally:
             restore()
