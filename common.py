@@ -1017,8 +1017,7 @@ def show_progress(run):
 class Run:
     """One network in training, from outside its loop: where it is, its files, and what follows every step.
 
-    The weights are a function of the settings alone: killed at any moment and started again on the same
-    device, training in one process ends in the same bits.
+    Killed at any moment and started again on the same device, one process ends in the same bits.
     """
 
     def __init__(self, args, settings, images, device):
@@ -1133,11 +1132,12 @@ class Run:
             sum_over_ranks(torch.zeros(1))  # all wait for rank 0: torchrun kills it once another has ended
             say(f"{self.path}: stopped by a signal after step {self.step} of {self.total_steps} and saved; "
                 "the same command resumes")
-            self.leave()
+            leave(self)
 
-    def leave(self):
-        """Exits as a process that the signal ends; it may be another rank that got it."""
-        sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+
+def leave(run):
+    """Exits as a process does that a signal ends; it may be another rank that got it."""
+    sys.exit(128 + (run.signals or [signal.SIGTERM])[0])
 
 
 def finite_sums(run):
@@ -1216,7 +1216,7 @@ def open_run(args, method, seed, data, device):
         try:
             yield run
             if run.signals:  # since the last step: it must not be lost
-                run.leave()
+                leave(run)
         finally:
             restore()
             say("", rewritten=True)  # clears what a failure leaves at a terminal
@@ -1483,12 +1483,6 @@ class _Features:
             self.held = max(self.held, kept // (few // 2))
         return [x[0].clone() for _, x in found]
 
-    def sort(self, size):
-        """Puts the samples of each block of this size in the order of the random tenths that they are in."""
-        tenths = torch.randperm(self.m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
-        self.order = (torch.arange(self.m, device="cpu") // size * 10 + tenths).argsort()
-        self.tenths, self.place = tenths[self.order], self.order.argsort().to(self.device)
-
     def calls(self, s, block):
         """[(samples, layers)] of the calls, a batch each, that cover a block; none runs yet."""
         edges = [*range(block.start, block.stop, self.batch), block.stop]
@@ -1506,9 +1500,8 @@ class _Features:
     def layers(self, own, others):
         """Yields (x, batches) of each layer: x of block `own`, centred and sorted, in the layer's `memory`.
 
-        `batches` yields (samples, centred features) of block `others`, nothing if it is the same. All calls
-        take turns, a layer at a time: a generator holds no more than it needs for the next. Means that are
-        not known yet are those of block `own`, which is all samples.
+        `batches` yields (samples, centred features) of block `others`, nothing if it is the same. Calls take
+        turns, a layer at a time. Means that are not known yet are those of block `own`, all samples.
         """
         for s, known in enumerate(self.known):
             calls, more = self.calls(s, own), self.calls(s, others) if others != own else []
@@ -1551,13 +1544,21 @@ class _Layer:
         return torch.addcmul(self.shift, x - self.first, self.scale)
 
 
+def _sort(features, size):
+    """Puts the samples of each block of this size in the order of the random tenths that they are in."""
+    m, generator = features.m, torch.Generator("cpu").manual_seed(0)
+    tenths = torch.randperm(m, generator=generator, device="cpu") % 10
+    features.order = (torch.arange(m, device="cpu") // size * 10 + tenths).argsort()
+    features.tenths, features.place = tenths[features.order], features.order.argsort().to(features.device)
+
+
 def _by_tiles(features, blocks):
     """For `_statistics`: HSICs of all samples and without each tenth, K'_ii, and sums of K'_ij^2 over j."""
     m, count, dtype, device = features.m, len(features.every), features.dtype, features.device
     size = -(-m // blocks)
     edges = [*range(0, m, size), m]
     cut = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    features.sort(size)
+    _sort(features, size)
     progress = _progress(m * count * (len(cut) + (len(cut) > 1)))
     for _, _, x in features.once() if len(cut) > 1 else ():  # the means first
         progress(len(x))
@@ -1640,7 +1641,7 @@ def _runs(tenths):
 def _by_features(features, dominance):
     """As `_by_tiles`, where there are fewer features than samples: HSIC(K, L) is the squared norm of Xt Y."""
     m, device, dtype = features.m, features.device, features.dtype
-    features.sort(m)
+    _sort(features, m)
     edges = [0, *itertools.accumulate(sum(features.widths, []))]
     columns = [slice(a, b) for a, b in zip(edges, edges[1:])]
     every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
