@@ -143,8 +143,9 @@ def number(kind, low=0, above=-math.inf, most=1e30):
     """An argparse type: an int or float, at least `low`, above `above` and at most `most`."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= most and kind(text) > above:
-                return kind(text)
+            value = kind(text)
+            if low <= value <= most and value > above:
+                return value
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text} is not {what} {'above' if above == low else 'from'} {low}"
                                          f"{f' to {most:,}' if most < 1e30 else ' on'}")
@@ -1574,8 +1575,9 @@ def _by_tiles(features, blocks):
         _tile(features, own, others, sums, diagonal, rows, progress)
     for g in range(10):
         own = diagonal[:, features.tenths == g].to(sums.dtype)
+        product = own @ own.T / 2  # half, as the rest counts twice: K' is symmetric
         for which in (g, 10):
-            sums[which] += own @ own.T / 2  # half, as the rest counts twice: K' is symmetric
+            sums[which] += product
     hsic = 2 * torch.cat([sums[10:], sums[10] - sums[:10]])
     return hsic, diagonal, rows + diagonal.square()
 
