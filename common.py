@@ -918,6 +918,13 @@ def training_arguments(doc, presets, argv=None):
     return args
 
 
+def has_bf16(device):
+    """True if `device` multiplies bfloat16 in hardware, so that it is faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" in precisions(device)
+
+
 def run_settings(args, method, seed, data, device):
     """A dict of plain types: all that a run's result depends on. UserError for what cannot be trained."""
     total, processes, batch_size = len(data.train_images), world_size(), args.batch_size
@@ -1228,37 +1235,30 @@ def open_run(args, method, seed, data, device):
 # ============================================================================================================
 # For the figures, and for other projects: what stands between the two "----" lines works alone when pasted.
 # The order is: API, planner, features of the sources, tiles of Gram matrices, form for few features,
-# statistics, switches, memory, progress.
+# statistics, precisions and switches, memory, progress.
 
 # ---- copy from here ----
 # Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) over all samples,
-# between all layers of any number of networks, in bounded memory. Needs torch 2.1 or newer, nothing else.
-# Two saved feature files, or any two arrays with a row per sample:
-#
-#     x, y = (torch.load(name, weights_only=True) for name in ("x.pt", "y.pt"))
-#     value = linear_cka(x, y)
-#
-# All layers of networks: write a source, a function that returns the features of samples start to stop - 1,
-# a tensor of stop - start rows per layer, in a list or dict, or from a generator, which needs less memory. It
-# is called for any start and stop, first for a few samples, and must answer the same every time: network in
-# eval mode, data in a fixed order, no memory that two calls share. With hooks and a DataLoader:
-#
+# between all layers of any networks, in bounded memory. Needs torch 2.1 or newer. Two saved feature files:
+#     value = linear_cka(*(torch.load(name, weights_only=True) for name in ("x.pt", "y.pt")))
+# For layers of networks write a source, a function that returns the features of samples start to stop - 1, a
+# tensor of stop - start rows per layer: a list, a dict or, which needs less memory, a generator. It is called
+# for any start and stop, first for a few samples, and answers the same every time: network in eval mode, data
+# in a fixed order, no memory that two calls share. With hooks and a DataLoader:
 #     features = {}
 #     for name, module in model.eval().named_children():  # clone: a ResNet overwrites what bn1 and bn3 return
 #         module.register_forward_hook(lambda m, x, out, name=name: features.update({name: out.clone()}))
-#
 #     def source(start, stop):
 #         for images, _ in DataLoader(Subset(data, range(start, stop)), batch_size=stop - start):
 #             model(images)
 #         return dict(features)
-#
 #     matrix = cka_matrix([source], m=len(data))  # (layers, layers); [source, other] for two networks
 import contextlib
 import itertools
-import math
 import sys
 import time
 import traceback
+import types
 import warnings
 import weakref
 from typing import NamedTuple
@@ -1268,7 +1268,7 @@ import torch
 SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
           "a tensor of stop - start rows per layer, for any start and stop, and the same every time")
 LEAST = 64  # samples of the smallest squares on the diagonal of a Gram matrix, multiplied whole
-ROWS = 2048  # samples, or entries of a Gram matrix, that are added up in float32 at most
+TERMS = 2048  # numbers that are added up in float32 at most
 
 
 class GramStatistics(NamedTuple):
@@ -1293,13 +1293,11 @@ def jackknife(values):
 
 
 def linear_cka(x, y, debiased=False):
-    """Linear CKA of two representations of the same m samples: 0-d float64 on x's device (MPS: float32).
+    """Linear CKA of features x, y (m, ...) of the same samples: 0-d float64 on x's device (MPS: float32).
 
-    x (m, ...) and y (m, ...): tensors or numpy arrays, flattened per sample. The biased CKA, Eq. (2), lies in
-    [0, 1]; the debiased one is at most 1, and about 0 for unrelated representations. ValueError for other
-    shapes, fewer than 2 samples (debiased: 4), a constant representation, NaN or infinite values.
+    ValueError for other shapes, constant x or y, NaN or infinite values, fewer than 2 samples (debiased: 4).
     """
-    x, y = _tensor(x), _tensor(y)
+    x, y = (torch.as_tensor(z, device=getattr(z, "device", "cpu")) for z in (x, y))
     if x.ndim == 0 or x.shape[:1] != y.shape[:1]:
         raise ValueError(f"linear_cka needs the same samples, got {tuple(x.shape)} and {tuple(y.shape)}")
     sources = [lambda start, stop: [x[start:stop]], lambda start, stop: [y[start:stop]]]
@@ -1309,15 +1307,9 @@ def linear_cka(x, y, debiased=False):
         found = gram_statistics(sources, len(x), "float32", batch=1024, dominance=False)
     value = (found.debiased_cka if debiased else found.cka)[0, 1]
     if value.isnan():
-        constant = " and ".join("xy"[i] for i in found.constant)
-        raise ValueError(f"linear_cka: {constant} is constant over samples" if constant else
-                         "linear_cka: debiased, at least 4 samples must matter beyond rounding errors")
+        why = " and ".join(f"{'xy'[i]} is constant" for i in found.constant)
+        raise ValueError(f"linear_cka: {why or 'debiased, at least 4 samples must matter beyond rounding'}")
     return value.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def _tensor(x):
-    """x as a tensor where it is, whatever the default device."""
-    return x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")
 
 
 def cka_matrix(sources, m, debiased=False, **options):
@@ -1329,459 +1321,342 @@ def cka_matrix(sources, m, debiased=False, **options):
 def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominance=True):
     """`GramStatistics` of all layers of all `sources`, over samples 0 to m - 1, exact for any m.
 
-    sources: list of functions, one per network or view, as the comment at the top describes them. Layers may
-        differ in number and shape. Tokens, channels and positions are flattened: pick or average them first.
-    precision: of the Gram matrices' products: "float32"; "tf32" (CUDA); "float16" (CUDA) or "bfloat16":
-        rounded inputs (on CPUs results too). None: the fastest with errors below 1e-4 for features of
-        networks; those with few distinct values, as bits or counts, round alike: give "float32". Features are
-        centred first, which is what makes rounding harmless. Float64 features keep float64 products.
-    memory: bytes on the features' device to use beside one batch's forward pass; None: four fifths of what is
-        free. The less, the more often a source is asked for the same samples: see `plan`.
-    batch: samples per call of a source.
-    dominance: False leaves it out, which saves two fifths of the products where features are few.
-
-    With X centred, K' = X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'. For each two
-    blocks of samples a tile of every layer's K' is formed, source by source and layer by layer, and all pairs
-    of layers' products are summed over it. With several blocks the means take a pass of their own, so that
-    the order of samples does not matter. Where features are fewer than samples, HSIC(K, L) = |Xt Y|^2.
-
-    ValueError for what is no source, for answers that change or are not finite, and for too little memory. A
-    constant layer gets NaN and a warning; so does a debiased value that would be made of rounding errors.
+    sources: list of functions as above. Features of any shape are flattened: pick or average tokens first.
+    precision: of the Gram matrices' products: "float32", "tf32" (CUDA), "float16" (CUDA) or "bfloat16", which
+        round inputs (on CPUs results too). None: the fastest with errors below 1e-4 for features of networks;
+        for those with few distinct values give "float32". Float64 features keep float64 products.
+    memory: bytes on the features' device beside one batch's forward pass; None: four fifths of what is free.
+    batch: samples per call. dominance: False leaves it out, which is quicker where features are few.
+    ValueError for what is no source, answers that change or are not finite, too little memory. NaN and a
+    warning for constant layers, and for debiased values that are noise.
     """
     if int(m) != m or m < 2:
         raise ValueError(f"CKA needs at least 2 samples, got m = {m}")
-    with contextlib.ExitStack() as surroundings:  # of the caller: they must not change the numbers
-        surroundings.enter_context(torch.inference_mode(False))
-        surroundings.enter_context(torch.no_grad())  # after it: leaving inference mode turns gradients on
-        for kind in ("cpu", "cuda", "mps"):
-            with contextlib.suppress(RuntimeError):  # a torch whose autocast does not know this kind
-                surroundings.enter_context(torch.autocast(kind, enabled=False))
-        surroundings.push(_close_sources)
-        features = _Features(sources, int(m), precision, batch)
-        memory = free_memory(features.device) * 0.8 if memory is None else memory
-        blocks = plan(features.widths, features.m, memory, features.batch, features.held,
-                      features.dtype.itemsize, features.product_dtype.itemsize)
-        sums = _by_tiles(features, blocks) if blocks else _by_features(features, dominance)
-        return _statistics(features, blocks == 0, *sums)
-
-
-def _close_sources(kind, error, where):
-    """After an error: ends generators that it would keep suspended, in grad and other modes of their own."""
-    traceback.clear_frames(where)
+    with _surroundings():
+        features = _Features(sources, int(m), precision, memory, batch)
+        sums = _by_tiles(features) if features.blocks else _by_features(features, dominance)
+        return _statistics(features, *sums)
 
 
 def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
     0 stands for the form for few features. widths: per source, its layers' numbers of features. held: bytes
-    per sample that a suspended call keeps; a network computed layer by layer keeps a layer. A source is asked
-    for every sample once if there is one block, else once per block and once more. ValueError with the bytes
-    needed if not even blocks of 8 samples fit.
+    per sample that a suspended call keeps, at least a layer. With one block, a source is asked for each sample
+    once, else once per block and once more. ValueError with the bytes needed by blocks of 8 samples.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
-    held = held or largest * itemsize
-    if features < m and itemsize * (features * (m + 30 * features) + 6 * m * layers) <= memory:
+    if features < m and itemsize * (features * (m + 30 * features) + m * (largest + 6 * layers)) <= memory:
         return 0
+    for blocks in range(1, -(-m // min(batch, 8)) + 1):
+        rows, one = -(-m // blocks), blocks == 1  # one: a triangle; its layer also before it is rounded
+        tile = rows * (rows + LEAST) // 2 if one else rows ** 2
+        layer = itemsize + product_itemsize % itemsize if one else product_itemsize
+        kept = max(held, largest * itemsize) * (2 - one)
+        always = 2 * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
+        needed = itemsize * (always + (layers + 4) * tile) + rows * (largest * layer + kept)
+        if needed <= memory:
+            return blocks
+    raise ValueError(f"memory={memory} bytes is too little: at least {needed} are needed")
 
-    def needed(blocks):
-        rows = -(-m // blocks)
-        always = 2 * itemsize * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
-        if blocks == 1:  # a triangle; one layer, and once more if it is rounded; what its calls keep
-            short = product_itemsize if product_itemsize < itemsize else 0
-            triangle = layers * rows * (rows + LEAST) // 2
-            return always + itemsize * triangle + rows * (largest * (itemsize + short) + held)
-        return always + itemsize * layers * rows ** 2 + rows * (largest * product_itemsize + 2 * held)
 
-    most = -(-m // min(batch, 8))
-    if needed(most) > memory:
-        raise ValueError(f"memory={memory} bytes is too little: at least {needed(most)} are needed")
-    return next(blocks for blocks in range(1, most + 1) if needed(blocks) <= memory)
+def _cut(samples, size):
+    """Slices of `size` samples, the last may have fewer, of a number of samples."""
+    return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
 class _Features:
     """The features of all sources: asked for, checked, and centred over all samples, layer by layer."""
 
-    def __init__(self, sources, m, precision, batch):
+    def __init__(self, sources, m, precision, memory, batch):
         if not isinstance(sources, (list, tuple)) or not sources:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
         self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
-        self.widths, self.names, self.held = [[] for _ in sources], [[] for _ in sources], 0
-        first = list(map(self.look, range(len(sources))))
-        self.device = first[0][0].device
-        wide = any(x.dtype == torch.float64 for layers in first for x in layers)
+        self.widths, self.names, self.held = [[] for _ in sources], {}, 0
+        with _surroundings():  # what a source leaves switched on ends here
+            first = list(map(self.look, range(len(sources))))
+        self.device, wide = first[0][0].device, any(x.dtype == torch.float64 for x in sum(first, []))
         self.dtype = torch.float64 if wide else torch.float32
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # all that Metal has
-        self.precision = "float64" if wide else _precision(precision, self.device, m)
-        half = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-        self.product_dtype = half.get(self.precision, self.dtype)
-        self.known = [[_Layer(f"source {s}, layer {i}", x.to(self.device, self.dtype), self.sum_dtype)
+        able = precisions(self.device)
+        if precision not in (None, *able):
+            raise ValueError(f"precision {precision!r}: {self.device}, torch {torch.__version__} has {able}")
+        precision = precision or able[0 if m >= 512 else -1]  # of fewer, rounding shows and saves little
+        self.precision = "float64" if wide else precision
+        self.product_dtype = getattr(torch, self.precision.replace("tf32", "float32"))
+        memory = free_memory(self.device) * 0.8 if memory is None else memory
+        blocks = plan(self.widths, m, memory, self.batch, self.held, self.dtype.itemsize,
+                      self.product_dtype.itemsize)
+        self.blocks = _cut(m, -(-m // blocks)) if blocks else []  # none: the form for few features
+        mixed = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        self.tenths = (mixed % 10).byte()
+        self.members = [(self.tenths == g).nonzero()[:, 0].to(self.device) for g in range(10)]
+        self.known = [[types.SimpleNamespace(name=f"source {s}, layer {i}", unseen=m, sum=0, size=0,
+                                             first=x.to(self.device, self.dtype))
                        for i, x in enumerate(layers)] for s, layers in enumerate(first)]
-        self.every = [layer for layers in self.known for layer in layers]
-
-    def ask(self, s, start, stop, alive=None):
-        """Yields the layers of one call, checked, (stop - start, p); holds on to none of them."""
-        widths, found, rows = self.widths[s], [], stop - start
-        try:
-            layers = self.sources[s](start, stop)
-        except TypeError as error:
-            raise ValueError(f"source {s} failed when called: {error}; {SOURCE}") from error
-        if isinstance(layers, dict):  # its values; the first call's order holds for all
-            names = self.names[s] = self.names[s] or list(layers)
-            if layers.keys() != set(names):
-                raise ValueError(f"source {s} returned other layers than for the first samples; {SOURCE}")
-            layers = [layers[name] for name in names]
-        if isinstance(layers, str) or hasattr(layers, "dtype") or not hasattr(layers, "__iter__"):
-            raise ValueError(f"source {s} returned a {type(layers).__name__}; {SOURCE}")
-        if not hasattr(layers, "__next__"):
-            layers = list(layers)  # now, before another call changes what is in it
-
-        def checked(layer):
-            where = f"source {s}, layer {len(found)}, samples {start} to {stop - 1}: {type(layer).__name__}"
-            try:
-                x = _tensor(layer).detach() if hasattr(layer, "shape") else torch.empty(0)
-            except (TypeError, ValueError) as error:  # an array that torch cannot take
-                raise ValueError(f"{where}: {error}; {SOURCE}") from None
-            if x.is_complex() or x.ndim == 0 or len(x) != rows or x.numel() == 0:
-                raise ValueError(f"{where} {tuple(x.shape)} {x.dtype}, not {rows} rows of numbers; {SOURCE}")
-            found.append(x[0].numel())
-            if widths and found != widths[:len(found)]:
-                raise ValueError(f"{where} of {found[-1]} features, unlike for the first samples")
-            if alive is not None:
-                alive.append(weakref.ref(layer))
-            if not x.is_floating_point():
-                x = x.to(torch.float64 if x.dtype.itemsize > 2 else torch.float32)
-            return x.reshape(rows, -1).to(self.device or x.device)
-
-        yield from map(checked, layers)
-        if not found or len(found) < len(widths):
-            raise ValueError(f"source {s} returned {len(found)} layers for samples {start} to {stop - 1}")
+        self.every = sum(self.known, [])
+        self.done, self.total = 0, m * len(self.every) * (blocks + (blocks > 1) or 1)
+        self.shown = self.start = time.monotonic()
 
     def look(self, s):
-        """Sample 0 of all layers of source s, which is asked for a few, at once and by two calls in turn.
-
-        ValueError if the answers differ. Notes how many bytes per sample a suspended call keeps.
-        """
-        few, alive = min(self.m, 6), []
-        found = [(x, x.clone()) for x in self.ask(s, 0, few)]
-        for (i, (x, copy)), (j, (y, other)) in itertools.combinations(enumerate(found), 2):
-            if x.data_ptr() == y.data_ptr() and torch.equal(copy, other):
-                warnings.warn(f"source {s}: layers {i} and {j} are the same memory: if a hook gave one "
-                              "before the network overwrote it, clone it in the hook", stacklevel=4)
-        self.widths[s] = [x.shape[1] for x, _ in found]
-        self.held = max(self.held, *(x[0].nbytes for x, _ in found))  # at least: what a network works on
-        for (_, x), *turns in zip(found, self.ask(s, 0, few // 2, alive), self.ask(s, few // 2, few)):
-            one = x.new_ones(1, 1, dtype=torch.float32)
-            if torch.nn.functional.linear(one, one).dtype != one.dtype:
-                raise ValueError(f"source {s} yields inside torch.autocast, which then changes what others "
-                                 "compute: end it before each yield, or return a list")
-            again, x = (z.cpu().double() for z in (torch.cat(turns), x))  # whose norms do not overflow
-            if (x - again).norm() > 0.1 * (x - x.mean(0)).norm() + 1e-3 * x.norm():  # a batch may round so
-                raise ValueError(f"source {s} gives other features when asked again: is a network in "
-                                 "training mode, are samples in another order, or do calls share memory "
-                                 f"(then return a list of clones, not a generator)? {SOURCE}")
-            del turns
-            kept = sum(layer().nbytes for layer in alive if layer() is not None)
-            self.held = max(self.held, kept // (few // 2))
+        """Sample 0 of source s, which two calls in turn must agree on; notes what a suspended call keeps."""
+        start, found, alive = min(self.m, 9) // 3, [], []
+        some = slice(0, min(self.m, 9) - start)
+        for x, y in zip(self.ask(s, 0, some), self.ask(s, start, some, alive.append)):
+            a, b = (z.cpu().double() for z in (x, y))  # whose norms do not overflow
+            apart, one = (a[start:] - b[:some.stop - start]).norm(), x.new_ones(1, 1, dtype=torch.float32)
+            if (one @ one).dtype != one.dtype or apart > 0.05 * (a - a.mean(0)).norm() + 1e-3 * a.norm():
+                raise ValueError(f"source {s} gives other features when asked again: training mode, another "
+                                 "order, calls that share memory (then return clones, in a list), or autocast "
+                                 f"that reaches over a yield? {SOURCE}")
+            for i, (pointer, z) in enumerate(found):
+                if pointer == x.data_ptr() and torch.equal(x, z):
+                    warnings.warn(f"source {s}: layers {i} and {len(found)} are the same memory: if a hook "
+                                  "gave one before the network overwrote it, clone it there", stacklevel=4)
+            found.append((x.data_ptr(), x.clone()))
+            self.held = max(self.held, sum(ref().nbytes for ref in alive if ref() is not None) // some.stop)
         return [x[0].clone() for _, x in found]
 
-    def calls(self, s, block):
-        """[(samples, layers)] of the calls, a batch each, that cover a block; none runs yet."""
-        edges = [*range(block.start, block.stop, self.batch), block.stop]
-        return [(slice(a, b), self.ask(s, a, b)) for a, b in zip(edges, edges[1:])]
+    def ask(self, s, first, some, note=id):
+        """Yields the layers of one call, for `some` samples after the first, checked, (n, p); holds none."""
+        widths, found, rows = self.widths[s], [], some.stop - some.start
 
-    def once(self):
-        """Yields (layer, samples, differences from the first), call after call; then means are known."""
-        for s, known in enumerate(self.known):
-            for samples, call in self.calls(s, slice(0, self.m)):
-                for x, layer in zip(call, known):
-                    yield layer, samples, layer.count(x)
-            for layer in known:
-                layer.settle(self.m)
+        def checked(layer):
+            given = layer if hasattr(layer, "shape") else []
+            x = torch.as_tensor(given, device=getattr(layer, "device", "cpu")).detach()
+            found.append(x.numel() // rows)
+            if self.device is None and len(found) > len(widths):  # the first look
+                widths.append(found[-1])
+            if x.shape[:1] != (rows,) or x.is_complex() or found[-1] == 0 or found != widths[:len(found)]:
+                what = f"{type(layer).__name__} {tuple(x.shape)} {x.dtype}"
+                raise TypeError(f"returned a {what}, not {rows} rows of numbers, or unlike other calls")
+            note(weakref.ref(layer))
+            wide = x.dtype.itemsize > 2 and x.dtype != torch.float32
+            return x.reshape(rows, -1).to(self.device or x.device, torch.float64 if wide else torch.float32)
 
-    def layers(self, own, others):
-        """Yields (x, batches) of each layer: x of block `own`, centred and sorted, in the layer's `memory`.
+        try:
+            layers = self.sources[s](first + some.start, first + some.stop)
+            if isinstance(layers, dict):  # its values, in the order of the first call
+                layers = [layers.get(name) for name in self.names.setdefault(s, list(layers))]
+            if hasattr(layers, "shape"):
+                raise TypeError(f"returned one {type(layers).__name__}")
+            # a list as it is now, before another call changes what is in it
+            yield from map(checked, layers if hasattr(layers, "__next__") else list(layers))
+            if len(found) < max(1, len(widths)):
+                raise TypeError(f"returned {len(found)} layers")
+        except (TypeError, ValueError) as error:
+            where = f"source {s}, layer {max(len(found), 1) - 1}, {rows} samples from {first + some.start}"
+            raise ValueError(f"{where}: {error}; {SOURCE}") from error
 
-        `batches` yields (samples, centred features) of block `others`, nothing if it is the same. Calls take
-        turns, a layer at a time. Means that are not known yet are those of block `own`, all samples.
-        """
-        for s, known in enumerate(self.known):
-            calls, more = self.calls(s, own), self.calls(s, others) if others != own else []
-            for layer in known:
-                x, new = layer.memory[:own.stop - own.start], layer.scale is None
-                for samples, call in calls:
-                    part = layer.count(next(call)) if new else layer.centred(next(call))
-                    x.index_copy_(0, self.place[samples] - own.start, part.to(x.dtype))
-                if new:
-                    layer.settle(self.m)
-                    torch.addcmul(layer.shift, x, layer.scale, out=x)
-                yield x, ((samples, layer.centred(next(call))) for samples, call in more)
-            for _, call in calls:
-                next(call, None)  # more layers than before are an error
-
-
-class _Layer:
-    """A layer's first sample and, by differences from it, its mean and size: accurate for any mean."""
-
-    def __init__(self, name, first, sum_dtype):
-        self.name, self.first, self.size, self.scale = name, first, first.new_zeros(()), None
-        self.sum = torch.zeros_like(first, dtype=sum_dtype)
-
-    def count(self, x):
-        """Differences of features x (n, p) from the first sample, which are counted."""
-        x = x - self.first
-        self.sum += x.sum(0)
-        self.size = torch.stack([self.size, *torch.aminmax(x)]).abs().amax()
+    def take(self, layer, x, out=None):
+        """Features x (n, p) less the first sample, in `out`; once m were counted, centred and up to 1000."""
+        self.done += len(x)
+        _progress(self)
+        if not layer.unseen:
+            return torch.addcmul(layer.shift, x - layer.first, layer.scale)
+        x = torch.sub(x, layer.first, out=out)
+        layer.sum = layer.sum + x.sum(0).to(self.sum_dtype)
+        layer.size = torch.stack(torch.aminmax(x)).abs().amax().clamp(min=layer.size)
+        layer.unseen -= len(x)
+        if not layer.unseen:
+            layer.scale = (1000 / layer.size).clamp(max=torch.finfo(x.dtype).max)
+            layer.shift = (layer.sum / self.m).to(x.dtype) * -layer.scale
         return x
 
-    def settle(self, m):
-        """Ends the counting. The scale, a power of two, makes differences up to 1,000: nothing overflows."""
-        limit = 1000 if self.first.dtype == torch.float64 else 120
-        self.scale = torch.exp2((10 - self.size.log2().ceil()).clamp(-limit, limit))
-        self.shift = (self.sum / m).to(self.first.dtype) * -self.scale
-        del self.sum
+    def layers(self, own, others=None, pairs=()):
+        """Yields (x, operands) of each layer: x (n, p) of block `own`, and for `pairs` what to multiply.
 
-    def centred(self, x):
-        """Features x (n, p), centred over all samples and scaled."""
-        return torch.addcmul(self.shift, x - self.first, self.scale)
-
-
-def _sort(features, size):
-    """Puts the samples of each block of this size in the order of the random tenths that they are in."""
-    m, generator = features.m, torch.Generator("cpu").manual_seed(0)
-    tenths = torch.randperm(m, generator=generator, device="cpu") % 10
-    features.order = (torch.arange(m, device="cpu") // size * 10 + tenths).argsort()
-    features.tenths, features.place = tenths[features.order], features.order.argsort().to(features.device)
-
-
-def _by_tiles(features, blocks):
-    """For `_statistics`: HSICs of all samples and without each tenth, K'_ii, and sums of K'_ij^2 over j."""
-    m, count, dtype, device = features.m, len(features.every), features.dtype, features.device
-    size = -(-m // blocks)
-    edges = [*range(0, m, size), m]
-    cut = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    _sort(features, size)
-    progress = _progress(m * count * (len(cut) + (len(cut) > 1)))
-    for _, _, x in features.once() if len(cut) > 1 else ():  # the means first
-        progress(len(x))
-    # one layer's features at a time, in the same memory: new memory is slow at first
-    memory = torch.empty(size * max(map(max, features.widths)), device=device,
-                         dtype=features.product_dtype if len(cut) > 1 else dtype)
-    for layer in features.every:
-        layer.memory = memory[:size * len(layer.first)].view(size, -1)
-    # what has i or j in a tenth, and everything, of all pairs of layers
-    sums = torch.zeros(11, count, count, dtype=features.sum_dtype, device=device)
-    diagonal, rows = torch.zeros(2, count, m, dtype=dtype, device=device)
-    for own, others in itertools.combinations_with_replacement(cut, 2):
-        _tile(features, own, others, sums, diagonal, rows, progress)
-    for g in range(10):
-        own = diagonal[:, features.tenths == g].to(sums.dtype)
-        product = own @ own.T / 2  # half, as the rest counts twice: K' is symmetric
-        for which in (g, 10):
-            sums[which] += product
-    hsic = 2 * torch.cat([sums[10:], sums[10] - sums[:10]])
-    return hsic, diagonal, rows + diagonal.square()
+        Pairs are of samples in `own` and in `others`. Calls take turns, a layer at a time; x is in the same
+        memory for all, and centred if means are known.
+        """
+        n, dtype = own.stop - own.start, self.dtype if len(self.blocks) < 2 else self.product_dtype
+        memory = torch.empty(n * max(map(max, self.widths)), dtype=dtype, device=self.device)
+        for s, known in enumerate(self.known):
+            with _surroundings():
+                calls = [(some, self.ask(s, own.start, some)) for some in _cut(n, self.batch)]
+                more = [self.ask(s, others.start, some) for _, some in pairs if own != others]
+                for layer in known:
+                    x, new = memory[:n * len(layer.first)].view(n, -1), layer.unseen
+                    for some, call in calls:
+                        part = x[some]
+                        part.copy_(self.take(layer, next(call), part if dtype == self.dtype else None))
+                    if new and self.blocks == [own]:
+                        torch.addcmul(layer.shift, x, layer.scale, out=x)
+                    y = x.to(self.product_dtype)
+                    batches = ((y, self.take(layer, next(call)).to(y.dtype)) for call in more)
+                    yield x, batches if more else ((y[i], y[j]) for i, j in pairs)
+                for call in [call for _, call in calls] + more:
+                    next(call, None)  # more layers than before are an error
 
 
-def _halves(square):
-    """What covers a square where i <= j: its upper right quarter, then the other halves' own."""
-    start, stop = square.start, square.stop
-    if stop - start <= LEAST:
-        return [(square, square)]
-    middle = start + -(-(stop - start) // (2 * LEAST)) * LEAST
-    first, second = slice(start, middle), slice(middle, stop)
-    return [(first, second), *_halves(first), *_halves(second)]
+def _by_tiles(features):
+    """HSICs of all samples and without each tenth, K'_ii, and sums of K'_ij^2 over j, from tiles of K'.
+
+    With X centred, K' = X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'.
+    """
+    for some in _cut(features.m, features.batch) if len(features.blocks) > 1 else ():  # for the means
+        list(features.layers(some))
+    count = len(features.every)
+    sums = torch.zeros(11, count, count, dtype=features.sum_dtype, device=features.device)
+    diagonal, rows = sums.new_zeros(2, count, features.m, dtype=features.dtype)
+    for own, others in itertools.combinations_with_replacement(features.blocks, 2):
+        _tile(features, own, others, sums, diagonal, rows)
+    tenths = (diagonal.index_select(1, tenth).to(sums.dtype) for tenth in features.members)
+    squares = torch.stack([own @ own.T / 2 for own in tenths])  # half, as the rest is symmetric
+    sums += torch.cat([squares, squares.sum(0, keepdim=True)])  # i or j in each tenth; all
+    return 2 * torch.cat([sums[10:], sums[10] - sums[:10]]), diagonal, rows + diagonal.square()
 
 
-def _tile(features, own, others, sums, diagonal, rows, progress):
-    """Forms K'_ij of all layers, i in block `own` and j in `others`, in parts, and adds up their products."""
-    parts = [(i, j, diagonal.new_empty(len(diagonal), i.stop - i.start, j.stop - j.start))
-             for i, j in (_halves(own) if own == others else [(own, others)])]
-    tf32 = features.precision == "tf32"
-    for index, (x, batches) in enumerate(features.layers(own, others)):
-        x = x.to(features.product_dtype)
-        with _float32_products(tf32):  # once per layer: on GPUs it takes as long as a small product
-            for i, j, values in parts if own == others else ():
-                left, right = (x[some.start - own.start:some.stop - own.start] for some in (i, j))
-                values[index] = _product(left, right, features)
-                if i == j:
-                    diagonal[index, i] = values[index].diagonal()
-                    values[index].triu_(1)
-        for samples, y in batches:
-            place = features.place[samples] - others.start
-            with _float32_products(tf32):
-                parts[0][2][index].index_copy_(1, place, _product(x, y.to(x.dtype), features))
-            progress(len(y))
-        progress(len(x))
-    for i, j, values in parts:
-        for index, layer in enumerate(values):
-            squares = layer.square()
-            rows[index, i] += squares.sum(1)
-            rows[index, j] += squares.sum(0)
-        with _float32_products():
-            runs = _runs(features.tenths[i]), _runs(features.tenths[j])
-            for (g, some), (h, columns) in itertools.product(*runs):
-                for entries in values[:, some, columns].flatten(1).split(ROWS, dim=1):
-                    product = entries @ entries.T
-                    for which in {g, h, 10}:
-                        sums[which] += product
-
-
-def _product(x, y, features):
-    """x @ y.T of what products are made of, as float32 (float64 for float64 features)."""
-    if x.dtype == features.dtype or x.device.type == "cpu":
-        return (x @ y.mT).to(features.dtype)
-    return torch.mm(x, y.mT, out_dtype=features.dtype)
-
-
-def _runs(tenths):
-    """[(tenth, slice)] of the runs of equal values."""
-    values, counts = tenths.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    return [(g, slice(a, b)) for g, a, b in zip(values.tolist(), [0, *ends], ends)]
+def _tile(features, own, others, sums, diagonal, rows):
+    """Adds up products of all layers' K'_ij, i in block `own` and j in `others`, i < j; fills the rest."""
+    same, dtype = own == others, diagonal.dtype
+    pairs = [(slice(0, own.stop - own.start), j) for j in _cut(others.stop - others.start, features.batch)]
+    if same:  # small squares, then of pieces of ever double size the first with the second, and so on
+        pieces = [_cut(own.stop - own.start, LEAST << k) for k in range(32)]
+        pairs = [*zip(pieces[0], pieces[0]), *(pair for p in pieces for pair in zip(p[::2], p[1::2]))]
+    first, second = features.tenths[own], features.tenths[others]
+    keys = torch.cat([(first[i, None] * 10 + second[j]).flatten() for i, j in pairs])
+    counts, order = keys.bincount(minlength=100).tolist(), keys.argsort().to(diagonal.device)
+    tile = diagonal.new_empty(len(diagonal), len(order))
+    short = {"out_dtype": dtype} if diagonal.is_cuda and features.product_dtype != dtype else {}
+    for index, (_, operands) in enumerate(features.layers(own, others, pairs)):
+        parts = []
+        with _surroundings(features.precision == "tf32"):
+            for (i, j), (x, y) in zip(pairs, operands):
+                k = torch.mm(x, y.mT, **short).to(dtype)
+                if same and i == j:
+                    diagonal[index, own][i] = k.diagonal()
+                    k.triu_(1)
+                squares = k.square()
+                rows[index, own][i] += squares.sum(1)
+                rows[index, others][j] += squares.sum(0)
+                parts.append(k.flatten())
+            torch.index_select(torch.cat(parts), 0, order, out=tile[index])
+    for key, entries in enumerate(tile.split(counts, 1)):
+        for some in entries.split(TERMS, 1):
+            product = some @ some.T
+            for which in {key // 10, key % 10, 10}:
+                sums[which] += product
 
 
 def _by_features(features, dominance):
     """As `_by_tiles`, where there are fewer features than samples: HSIC(K, L) is the squared norm of Xt Y."""
-    m, device, dtype = features.m, features.device, features.dtype
-    _sort(features, m)
-    edges = [0, *itertools.accumulate(sum(features.widths, []))]
-    columns = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    every = torch.empty(m, edges[-1], dtype=dtype, device=device)  # all layers side by side
-    for layer, own in zip(features.every, columns):
-        layer.memory = every[:, own]
-    for layer, samples, x in features.once():  # calls that are suspended would hold more than their features
-        layer.memory.index_copy_(0, features.place[samples], x)
-    for layer in features.every:
-        torch.addcmul(layer.shift, layer.memory, layer.scale, out=layer.memory)
-    parts = torch.zeros(10, edges[-1], edges[-1], dtype=features.sum_dtype, device=device)
-    rows = torch.full((len(columns), m), math.nan, dtype=dtype, device=device)
-    with _float32_products():
-        for g, tenth in _runs(features.tenths):
-            for some in every[tenth].split(ROWS):
-                for own in columns:
-                    parts[g, own, own.start:] += some[:, own].T @ some[:, own.start:]
-        whole = parts.sum(0)
-        for row, own in zip(rows, columns) if dominance else ():
-            row.copy_((every[:, own] @ whole[own, own].to(dtype)).mul_(every[:, own]).sum(1))
-    diagonal = torch.stack([every[:, own].square().sum(1) for own in columns])
-    owner = torch.block_diag(*[torch.ones_like(parts[0, own, :1]) for own in columns])  # (features, L)
-    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *parts)]).triu()
-    return hsic + hsic.triu(1).mT, diagonal, rows
+    widths = [len(layer.first) for layer in features.every]
+    every = torch.empty(features.m, sum(widths), dtype=features.dtype, device=features.device)
+    layers = every.split(widths, 1)
+    for some in _cut(features.m, features.batch):  # one by one: calls in turn would hold more than these
+        for (x, _), own in zip(features.layers(some), layers):
+            own[some] = x
+    for layer, own in zip(features.every, layers):
+        torch.addcmul(layer.shift, own, layer.scale, out=own)
+    products = every.new_zeros(10, sum(widths), sum(widths), dtype=features.sum_dtype)
+    for product, tenth in zip(products, features.members):
+        for samples in tenth.split(TERMS):
+            some = every.index_select(0, samples)
+            for end, x in zip(itertools.accumulate(widths), some.split(widths, 1)):  # up to the diagonal
+                product[end - x.shape[1]:end, :end] += x.T @ some[:, :end]
+    whole = products.sum(0)
+    owner = torch.block_diag(*[whole.new_ones(width, 1) for width in widths])  # (features, L)
+    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *products)])
+    diagonal = torch.stack([x.square().sum(1) for x in layers])
+    rows = diagonal * torch.nan
+    for i, own in enumerate(whole.to(every.dtype).split(widths) if dominance else ()):
+        rows[i] = (layers[i] @ own.split(widths, 1)[i]).mul_(layers[i]).sum(1)
+    return hsic + hsic.tril(-1).mT, diagonal, rows
 
 
-@torch.inference_mode(False)  # which a suspended source may have turned on
-def _statistics(features, few, hsic, diagonal, rows):
-    """`GramStatistics` from what `_by_tiles` or, where features are `few`, `_by_features` returns."""
+def _statistics(features, hsic, diagonal, rows):
+    """`GramStatistics` from what `_by_tiles` or `_by_features` returns."""
     hsic, diagonal, rows = (x.cpu().double() for x in (hsic, diagonal, rows))
-    m, traces, squares = features.m, diagonal.sum(1), diagonal @ diagonal.T
+    m, few, traces, squares = features.m, not features.blocks, diagonal.sum(1), diagonal @ diagonal.T
     for layer, value in zip(features.every * 2, [*traces, *hsic[0].diagonal()]):
         if not value.isfinite():
             raise ValueError(f"{layer.name}: NaN or infinite values in its features, or HSIC")
     # Song et al. 2012, Eq. (5); without its diagonal, row i of K' sums to -K'_ii
-    n = m if m > 3 else math.nan
+    n = m if m > 3 else torch.nan
     more, less = traces.outer(traces) / ((n - 1) * (n - 2)), squares * 2 / (n - 2)
     unbiased = hsic[0] - squares + more - less
     value, constant = unbiased.diagonal().clone(), hsic[0].diagonal() == 0
     # what cancels there, and a bound of its relative rounding errors, also of those that a whole row shares
     unit, widest = torch.finfo(features.dtype).eps / 2, max(map(max, features.widths))
-    inputs = {"bfloat16": 2.0 ** -8, "float16": 2.0 ** -11, "tf32": 2.0 ** -11}.get(features.precision, unit)
-    cancels = more + less + (hsic[0] + squares if few else 0)
-    noise = cancels.diagonal() * (unit * ROWS / 4 if few else 4 * inputs + unit * (4 + widest ** 0.5 / 2))
+    inputs = 2.0 ** -11 if features.precision == "tf32" else torch.finfo(features.product_dtype).eps / 2
+    relative = unit * TERMS / 4 if few else 4 * inputs + unit * (4 + widest ** 0.5 / 2)
+    noise = relative * (more + less + (hsic[0] + squares if few else 0)).diagonal()
     lost = (value <= noise) & ~constant
-    unbiased[lost] = unbiased[:, lost] = math.nan
-    shaky = (noise > 1e-4 * value) & ~lost & ~constant
-    for which, text in (
-            (constant, "constant over samples, so CKA is NaN"),
-            (lost, "so few samples matter that debiased HSIC is all rounding, so debiased CKA is NaN"),
-            (shaky, "few samples matter, or there is little structure, so debiased CKA may be off by more "
-                    f"than 1e-4 ({features.precision} products)")):
-        names = [f"layer {i} ({features.every[i].name})" for i in which.nonzero().flatten().tolist()]
+    unbiased[lost] = unbiased[:, lost] = torch.nan
+    for which, text in ((constant, "constant over samples, so CKA is NaN"),
+                        (lost, "few samples matter, beyond rounding errors: debiased CKA is NaN"),
+                        ((noise > 1e-4 * value) & ~lost & ~constant,
+                         f"few samples matter, or there is little structure, for {features.precision} "
+                         "products: debiased CKA may be off by more than 1e-4")):
+        names = [layer.name for layer, found in zip(features.every, which) if found]
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warnings.warn(f"{text}: {', '.join(names[:5])}{more}", stacklevel=4)
-    top, norms = rows.topk(-(-m // 100), dim=1), hsic.diagonal(dim1=1, dim2=2).sqrt()
-    cka = hsic / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
-    debiased = unbiased / unbiased.diagonal().sqrt()[:, None] / unbiased.diagonal().sqrt()
-    return GramStatistics(cka[0], debiased, top.values.sum(1) / rows.sum(1), features.order[top.indices],
-                          constant.nonzero().flatten().tolist(), cka[1:])
+            warnings.warn(f"{text}: {'; '.join(names[:5])}{'; ...' * (len(names) > 5)}", stacklevel=3)
+    every, top = torch.cat([hsic, unbiased[None]]), rows.topk(-(-m // 100), dim=1)
+    norms = every.diagonal(dim1=1, dim2=2).sqrt()
+    cka = every / norms[:, :, None] / norms[:, None]  # one by one: the product of two could overflow
+    return GramStatistics(cka[0], cka[-1], top.values.sum(1) / rows.sum(1), top.indices,
+                          constant.nonzero().flatten().tolist(), cka[1:-1])
 
 
-def _precision(wanted, device, m):
-    """The precision of products: the one wanted, or a good one for m samples; ValueError if there is none."""
+def precisions(device):
+    """Names of the precisions in which `device` forms products of matrices, the fastest first."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    # half-precision products with float32 results: torch 2.8, not on AMD
-    short = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip
+    short = "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip  # torch 2.8, not on AMD
+    units = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     able = {"float16": short and major >= 7,
-            "bfloat16": short and major >= 8 or device.type == "cpu" and has_bf16(device),
+            "bfloat16": short and major >= 8 or units.get("amx_bf16") or units.get("avx512_bf16"),
             "tf32": major >= 8, "float32": True}
-    names = [name for name in able if able[name]]
-    if wanted is not None and wanted not in names:
-        has = ", ".join(names)
-        raise ValueError(f"precision {wanted!r}: {device} with torch {torch.__version__} has {has}")
-    return wanted or (names[0] if m >= 512 else "float32")  # of fewer, rounding shows and saves little
-
-
-def has_bf16(device):
-    """True if `device` multiplies bfloat16 in hardware, so that it is faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return [name for name in able if able[name]]
 
 
 @contextlib.contextmanager
-def _float32_products(tf32=False):
-    """Products of float32 matrices are float32 (or TF32), whatever was chosen, which is put back."""
-    backends = torch.backends.cuda, torch.backends.mkldnn
-    parts = [b.matmul for b in backends if hasattr(torch.backends.mkldnn, "matmul")]  # from torch 2.9 on
-
-    def switch(values):
-        for part, value in zip(parts, values):
-            part.fp32_precision = value
+def _surroundings(tf32=False):
+    """No gradients, inference mode or autocast, and products of float32 matrices are float32 (or TF32)."""
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        parts = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)
+                 if hasattr(torch.backends.mkldnn, "matmul")]  # from torch 2.9 on
+        for part in parts:
+            stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "tf32" if tf32 and part is parts[0] else "ieee"
         if not parts:
-            torch.set_float32_matmul_precision(values)
-
-    before = [part.fp32_precision for part in parts] or torch.get_float32_matmul_precision()
-    switch(["tf32" if tf32 else "ieee", "ieee"] if parts else "high" if tf32 else "highest")
-    try:
-        yield
-    finally:
-        switch(before)
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        for kind in ("cpu", "cuda", "mps"):
+            with contextlib.suppress(RuntimeError):  # a torch whose autocast does not know this kind
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            yield
+        except BaseException as error:  # whose traceback would keep sources open, in modes of their own
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 def free_memory(device):
     """Bytes free on a device: what its driver says, or what the system and the container's limit leave."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
     if device.type == "mps" and hasattr(torch.mps, "recommended_max_memory"):
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = [4 << 30]  # where nobody says
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as file:  # Linux
         free = [int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) << 10]
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # a container's; the word "max" where there is none
-            with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
-                free.append(int(most.read()) - int(now.read()))
+    root = "/sys/fs/cgroup/memory"  # a container's, of version 2 or 1; the word "max" where there is no limit
+    for limit, used in ((".max", ".current"), ("/memory.limit_in_bytes", "/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError), open(root + limit) as most, open(root + used) as now:
+            free.append(int(most.read()) - int(now.read()))
     return max(min(free), 1 << 28)
 
 
-def _progress(total):
-    """A function that counts samples done; on a terminal, after 3 s, it shows the share and the time left."""
-    start = shown = time.monotonic()
-    done = 0
-
-    def add(amount):
-        nonlocal done, shown
-        done, now = done + amount, time.monotonic()
-        if getattr(sys.stderr, "isatty", bool)() and now - start > 3 and (now - shown > 0.5 or done >= total):
-            left = (now - start) * (total / done - 1)
-            text = f"CKA {done / total:4.0%}, {left:.0f} s left   " if done < total else " " * 40
-            print(f"\r{text}\r", end="", file=sys.stderr, flush=True)
-            shown = now
-
-    return add
+def _progress(state):
+    """On a terminal, after 3 s, shows the share that is done and the time left, and wipes them at the end."""
+    now, left = time.monotonic(), state.total - state.done
+    if (now - state.start > 3 and (now - state.shown > 0.5 or not left)
+            and getattr(sys.stderr, "isatty", bool)()):
+        text = f"CKA {state.done / state.total:4.0%}, {(now - state.start) * left / state.done:.0f} s left   "
+        print(f"\r{text if left else ' ' * len(text)}\r", end="", file=sys.stderr, flush=True)
+        state.shown = now
 # ---- to here ----
 
 
