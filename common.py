@@ -1266,9 +1266,10 @@ from typing import NamedTuple
 import torch
 
 SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
-          "a tensor of stop - start rows per layer, for any start and stop, and the same every time")
+          "a tensor of stop - start rows per layer, for any start and stop, and the same every time: not in "
+          "training mode, in one order, and where calls share memory a list of clones, no generator")
 LEAST = 64  # samples of the smallest squares on the diagonal of a Gram matrix, multiplied whole
-TERMS = 2048  # numbers that are added up in float32 at most
+TERMS = 2048  # numbers whose products are added up in float32 at most
 
 
 class GramStatistics(NamedTuple):
@@ -1297,7 +1298,7 @@ def linear_cka(x, y, debiased=False):
 
     ValueError for other shapes, constant x or y, NaN or infinite values, fewer than 2 samples (debiased: 4).
     """
-    x, y = (torch.as_tensor(z, device=getattr(z, "device", "cpu")) for z in (x, y))
+    x, y = (z if isinstance(z, torch.Tensor) else torch.as_tensor(z, device="cpu") for z in (x, y))
     if x.ndim == 0 or x.shape[:1] != y.shape[:1]:
         raise ValueError(f"linear_cka needs the same samples, got {tuple(x.shape)} and {tuple(y.shape)}")
     sources = [lambda start, stop: [x[start:stop]], lambda start, stop: [y[start:stop]]]
@@ -1332,7 +1333,7 @@ def gram_statistics(sources, m, precision=None, memory=None, batch=128, dominanc
     """
     if int(m) != m or m < 2:
         raise ValueError(f"CKA needs at least 2 samples, got m = {m}")
-    with _surroundings():
+    with _own_modes():
         features = _Features(sources, int(m), precision, memory, batch)
         sums = _by_tiles(features) if features.blocks else _by_features(features, dominance)
         return _statistics(features, *sums)
@@ -1342,8 +1343,8 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
     """Into how many blocks to cut the samples: the fewest for which everything fits into `memory` bytes.
 
     0 stands for the form for few features. widths: per source, its layers' numbers of features. held: bytes
-    per sample that a suspended call keeps, at least a layer. With one block, a source is asked for each sample
-    once, else once per block and once more. ValueError with the bytes needed by blocks of 8 samples.
+    per sample that a suspended call keeps, at least a layer. One block asks a source for every sample once,
+    more of them once each and once before. ValueError with the bytes that blocks of 8 samples need.
     """
     layers, features, largest = sum(map(len, widths)), sum(map(sum, widths)), max(map(max, widths))
     if features < m and itemsize * (features * (m + 30 * features) + m * (largest + 6 * layers)) <= memory:
@@ -1361,8 +1362,8 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
 
 
 def _cut(samples, size):
-    """Slices of `size` samples, the last may have fewer, of a number of samples."""
-    return [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+    """Slices of `size` samples, the last may have fewer, of a slice of samples."""
+    return [slice(i, min(i + size, samples.stop)) for i in range(samples.start, samples.stop, size)]
 
 
 class _Features:
@@ -1373,85 +1374,83 @@ class _Features:
             raise ValueError(f"expected a list of sources, got a {type(sources).__name__}; {SOURCE}")
         self.sources, self.m, self.batch, self.device = sources, m, max(1, min(m, batch)), None
         self.widths, self.names, self.held = [[] for _ in sources], {}, 0
-        with _surroundings():  # what a source leaves switched on ends here
-            first = list(map(self.look, range(len(sources))))
-        self.device, wide = first[0][0].device, any(x.dtype == torch.float64 for x in sum(first, []))
-        self.dtype = torch.float64 if wide else torch.float32
+        with _own_modes():  # what a source leaves switched on ends here
+            self.known = list(map(self.look, range(len(sources))))
+        self.every = sum(self.known, [])  # layers of all sources
+        wide = any(layer.first.dtype == torch.float64 for layer in self.every)
+        self.device, self.dtype = self.every[0].first.device, torch.float64 if wide else torch.float32
+        for layer in self.every:
+            layer.first = layer.first.to(self.device, self.dtype)
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64  # all that Metal has
         able = precisions(self.device)
         if precision not in (None, *able):
             raise ValueError(f"precision {precision!r}: {self.device}, torch {torch.__version__} has {able}")
-        precision = precision or able[0 if m >= 512 else -1]  # of fewer, rounding shows and saves little
-        self.precision = "float64" if wide else precision
+        self.precision = "float64" if wide else precision or able[0 if m >= 512 else -1]  # few: it would show
         self.product_dtype = getattr(torch, self.precision.replace("tf32", "float32"))
         memory = free_memory(self.device) * 0.8 if memory is None else memory
         blocks = plan(self.widths, m, memory, self.batch, self.held, self.dtype.itemsize,
                       self.product_dtype.itemsize)
-        self.blocks = _cut(m, -(-m // blocks)) if blocks else []  # none: the form for few features
-        mixed = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        self.tenths = (mixed % 10).byte()
+        self.blocks = _cut(slice(0, m), -(-m // blocks)) if blocks else []  # none: the form for few features
+        self.tenths = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
         self.members = [(self.tenths == g).nonzero()[:, 0].to(self.device) for g in range(10)]
-        self.known = [[types.SimpleNamespace(name=f"source {s}, layer {i}", unseen=m, sum=0, size=0,
-                                             first=x.to(self.device, self.dtype))
-                       for i, x in enumerate(layers)] for s, layers in enumerate(first)]
-        self.every = sum(self.known, [])
         self.done, self.total = 0, m * len(self.every) * (blocks + (blocks > 1) or 1)
         self.shown = self.start = time.monotonic()
 
     def look(self, s):
-        """Sample 0 of source s, which two calls in turn must agree on; notes what a suspended call keeps."""
-        start, found, alive = min(self.m, 9) // 3, [], []
-        some = slice(0, min(self.m, 9) - start)
-        for x, y in zip(self.ask(s, 0, some), self.ask(s, start, some, alive.append)):
+        """The layers of source s, on which two calls in turn must agree; notes what a suspended one keeps."""
+        few, given, alive, found = slice(0, min(self.m, 9)), [], [], []
+        some = slice(max(1, few.stop // 3), few.stop)
+        for x, y in zip(self.ask(s, few, lambda layer, x: given.append(x)),
+                        self.ask(s, some, lambda layer, x: alive.append(weakref.ref(layer)))):
             a, b = (z.cpu().double() for z in (x, y))  # whose norms do not overflow
-            apart, one = (a[start:] - b[:some.stop - start]).norm(), x.new_ones(1, 1, dtype=torch.float32)
-            if (one @ one).dtype != one.dtype or apart > 0.05 * (a - a.mean(0)).norm() + 1e-3 * a.norm():
-                raise ValueError(f"source {s} gives other features when asked again: training mode, another "
-                                 "order, calls that share memory (then return clones, in a list), or autocast "
-                                 f"that reaches over a yield? {SOURCE}")
-            for i, (pointer, z) in enumerate(found):
-                if pointer == x.data_ptr() and torch.equal(x, z):
+            if (a[some] - b).norm() > 0.05 * (a - a.mean(0)).norm() + 1e-3 * a.norm():
+                raise ValueError(f"source {s} gives other features when asked again; {SOURCE}")
+            one = x.new_ones(1, 1, dtype=torch.float32)
+            if torch.nn.functional.linear(one, one).dtype != one.dtype:  # which would reach its other calls
+                raise ValueError(f"source {s} yields inside autocast: end it before each yield")
+            for i, z in enumerate(found):
+                if given[i].data_ptr() == given[-1].data_ptr() and torch.equal(x, z):
                     warnings.warn(f"source {s}: layers {i} and {len(found)} are the same memory: if a hook "
                                   "gave one before the network overwrote it, clone it there", stacklevel=4)
-            found.append((x.data_ptr(), x.clone()))
-            self.held = max(self.held, sum(ref().nbytes for ref in alive if ref() is not None) // some.stop)
-        return [x[0].clone() for _, x in found]
+            found.append(x.clone())
+            self.held = max(self.held, sum(ref().nbytes for ref in alive if ref() is not None) // len(y))
+        return [types.SimpleNamespace(name=f"source {s}, layer {i}", first=x[0].clone(), unseen=self.m, sum=0,
+                                      size=0) for i, x in enumerate(found)]
 
-    def ask(self, s, first, some, note=id):
-        """Yields the layers of one call, for `some` samples after the first, checked, (n, p); holds none."""
+    def ask(self, s, some, note=lambda layer, x: None):
+        """Yields the layers of one call for `some` samples, a slice, checked, (n, p); holds on to none."""
         widths, found, rows = self.widths[s], [], some.stop - some.start
 
         def checked(layer):
-            given = layer if hasattr(layer, "shape") else []
-            x = torch.as_tensor(given, device=getattr(layer, "device", "cpu")).detach()
-            found.append(x.numel() // rows)
-            if self.device is None and len(found) > len(widths):  # the first look
-                widths.append(found[-1])
-            if x.shape[:1] != (rows,) or x.is_complex() or found[-1] == 0 or found != widths[:len(found)]:
+            x = layer if hasattr(layer, "shape") else ()
+            x = x.detach() if isinstance(x, torch.Tensor) else torch.as_tensor(x, device="cpu")
+            width = x.numel() // rows
+            if self.device is None and len(found) == len(widths):  # the first look
+                widths.append(width)
+            if [width] != widths[len(found):][:1] or not width or x.shape[:1] != (rows,) or x.is_complex():
                 what = f"{type(layer).__name__} {tuple(x.shape)} {x.dtype}"
                 raise TypeError(f"returned a {what}, not {rows} rows of numbers, or unlike other calls")
-            note(weakref.ref(layer))
+            found.append(width)
+            note(layer, x)
             wide = x.dtype.itemsize > 2 and x.dtype != torch.float32
             return x.reshape(rows, -1).to(self.device or x.device, torch.float64 if wide else torch.float32)
 
         try:
-            layers = self.sources[s](first + some.start, first + some.stop)
+            layers = self.sources[s](some.start, some.stop)
             if isinstance(layers, dict):  # its values, in the order of the first call
-                layers = [layers.get(name) for name in self.names.setdefault(s, list(layers))]
-            if hasattr(layers, "shape"):
-                raise TypeError(f"returned one {type(layers).__name__}")
+                layers = {**dict.fromkeys(self.names.setdefault(s, list(layers))), **layers}.values()
             # a list as it is now, before another call changes what is in it
             yield from map(checked, layers if hasattr(layers, "__next__") else list(layers))
             if len(found) < max(1, len(widths)):
                 raise TypeError(f"returned {len(found)} layers")
         except (TypeError, ValueError) as error:
-            where = f"source {s}, layer {max(len(found), 1) - 1}, {rows} samples from {first + some.start}"
+            traceback.clear_frames(error.__traceback__)  # closes what it would keep suspended
+            where = f"source {s}, layer {len(found)}, samples {some.start} to {some.stop - 1}"
             raise ValueError(f"{where}: {error}; {SOURCE}") from error
 
     def take(self, layer, x, out=None):
-        """Features x (n, p) less the first sample, in `out`; once m were counted, centred and up to 1000."""
-        self.done += len(x)
-        _progress(self)
+        """Features x (n, p) less the first sample, in `out`; once m were counted, centred and up to 2000."""
+        _progress(self, len(x))
         if not layer.unseen:
             return torch.addcmul(layer.shift, x - layer.first, layer.scale)
         x = torch.sub(x, layer.first, out=out)
@@ -1463,7 +1462,7 @@ class _Features:
             layer.shift = (layer.sum / self.m).to(x.dtype) * -layer.scale
         return x
 
-    def layers(self, own, others=None, pairs=()):
+    def layers(self, own, others=slice(0, 0), pairs=()):
         """Yields (x, operands) of each layer: x (n, p) of block `own`, and for `pairs` what to multiply.
 
         Pairs are of samples in `own` and in `others`. Calls take turns, a layer at a time; x is in the same
@@ -1472,20 +1471,19 @@ class _Features:
         n, dtype = own.stop - own.start, self.dtype if len(self.blocks) < 2 else self.product_dtype
         memory = torch.empty(n * max(map(max, self.widths)), dtype=dtype, device=self.device)
         for s, known in enumerate(self.known):
-            with _surroundings():
-                calls = [(some, self.ask(s, own.start, some)) for some in _cut(n, self.batch)]
-                more = [self.ask(s, others.start, some) for _, some in pairs if own != others]
+            with _own_modes():
+                calls = [self.ask(s, some) for some in _cut(own, self.batch)]
+                more = [self.ask(s, some) for some in _cut(others, self.batch) if own != others]
                 for layer in known:
                     x, new = memory[:n * len(layer.first)].view(n, -1), layer.unseen
-                    for some, call in calls:
-                        part = x[some]
+                    for part, call in zip(x.split(self.batch), calls):
                         part.copy_(self.take(layer, next(call), part if dtype == self.dtype else None))
                     if new and self.blocks == [own]:
                         torch.addcmul(layer.shift, x, layer.scale, out=x)
                     y = x.to(self.product_dtype)
                     batches = ((y, self.take(layer, next(call)).to(y.dtype)) for call in more)
                     yield x, batches if more else ((y[i], y[j]) for i, j in pairs)
-                for call in [call for _, call in calls] + more:
+                for call in calls + more:
                     next(call, None)  # more layers than before are an error
 
 
@@ -1494,11 +1492,11 @@ def _by_tiles(features):
 
     With X centred, K' = X Xt is already H K H, and HSIC(K, L) the sum over all entries of K' L'.
     """
-    for some in _cut(features.m, features.batch) if len(features.blocks) > 1 else ():  # for the means
+    m, count = features.m, len(features.every)
+    for some in _cut(slice(0, m), features.batch) if len(features.blocks) > 1 else ():  # for the means
         list(features.layers(some))
-    count = len(features.every)
     sums = torch.zeros(11, count, count, dtype=features.sum_dtype, device=features.device)
-    diagonal, rows = sums.new_zeros(2, count, features.m, dtype=features.dtype)
+    diagonal, rows = sums.new_zeros(2, count, m, dtype=features.dtype)
     for own, others in itertools.combinations_with_replacement(features.blocks, 2):
         _tile(features, own, others, sums, diagonal, rows)
     tenths = (diagonal.index_select(1, tenth).to(sums.dtype) for tenth in features.members)
@@ -1509,34 +1507,35 @@ def _by_tiles(features):
 
 def _tile(features, own, others, sums, diagonal, rows):
     """Adds up products of all layers' K'_ij, i in block `own` and j in `others`, i < j; fills the rest."""
-    same, dtype = own == others, diagonal.dtype
-    pairs = [(slice(0, own.stop - own.start), j) for j in _cut(others.stop - others.start, features.batch)]
+    same, dtype, left = own == others, diagonal.dtype, slice(0, own.stop - own.start)
+    pairs = [(left, j) for j in _cut(slice(0, others.stop - others.start), features.batch)]
     if same:  # small squares, then of pieces of ever double size the first with the second, and so on
-        pieces = [_cut(own.stop - own.start, LEAST << k) for k in range(32)]
+        pieces = [_cut(left, LEAST << k) for k in range(32)]
         pairs = [*zip(pieces[0], pieces[0]), *(pair for p in pieces for pair in zip(p[::2], p[1::2]))]
-    first, second = features.tenths[own], features.tenths[others]
+    first, second = features.tenths[own].byte(), features.tenths[others].byte()
     keys = torch.cat([(first[i, None] * 10 + second[j]).flatten() for i, j in pairs])
     counts, order = keys.bincount(minlength=100).tolist(), keys.argsort().to(diagonal.device)
     tile = diagonal.new_empty(len(diagonal), len(order))
     short = {"out_dtype": dtype} if diagonal.is_cuda and features.product_dtype != dtype else {}
     for index, (_, operands) in enumerate(features.layers(own, others, pairs)):
         parts = []
-        with _surroundings(features.precision == "tf32"):
-            for (i, j), (x, y) in zip(pairs, operands):
+        for (i, j), (x, y) in zip(pairs, operands):
+            with _float32_products(features.precision == "tf32"):
                 k = torch.mm(x, y.mT, **short).to(dtype)
-                if same and i == j:
-                    diagonal[index, own][i] = k.diagonal()
-                    k.triu_(1)
-                squares = k.square()
-                rows[index, own][i] += squares.sum(1)
-                rows[index, others][j] += squares.sum(0)
-                parts.append(k.flatten())
-            torch.index_select(torch.cat(parts), 0, order, out=tile[index])
-    for key, entries in enumerate(tile.split(counts, 1)):
-        for some in entries.split(TERMS, 1):
-            product = some @ some.T
-            for which in {key // 10, key % 10, 10}:
-                sums[which] += product
+            if same and i == j:
+                diagonal[index, own][i] = k.diagonal()
+                k.triu_(1)
+            squares = k.square()
+            rows[index, own][i].add_(squares.sum(1))
+            rows[index, others][j].add_(squares.sum(0))
+            parts.append(k.flatten())
+        torch.index_select(torch.cat(parts), 0, order, out=tile[index])
+    with _float32_products():
+        for key, entries in enumerate(tile.split(counts, 1)):
+            for some in entries.split(TERMS, 1):
+                product = some @ some.T
+                for which in {key // 10, key % 10, 10}:
+                    sums[which].add_(product)
 
 
 def _by_features(features, dominance):
@@ -1544,24 +1543,25 @@ def _by_features(features, dominance):
     widths = [len(layer.first) for layer in features.every]
     every = torch.empty(features.m, sum(widths), dtype=features.dtype, device=features.device)
     layers = every.split(widths, 1)
-    for some in _cut(features.m, features.batch):  # one by one: calls in turn would hold more than these
+    for some in _cut(slice(0, features.m), features.batch):  # one by one: in turn they would hold more
         for (x, _), own in zip(features.layers(some), layers):
             own[some] = x
     for layer, own in zip(features.every, layers):
         torch.addcmul(layer.shift, own, layer.scale, out=own)
     products = every.new_zeros(10, sum(widths), sum(widths), dtype=features.sum_dtype)
-    for product, tenth in zip(products, features.members):
-        for samples in tenth.split(TERMS):
-            some = every.index_select(0, samples)
-            for end, x in zip(itertools.accumulate(widths), some.split(widths, 1)):  # up to the diagonal
-                product[end - x.shape[1]:end, :end] += x.T @ some[:, :end]
-    whole = products.sum(0)
-    owner = torch.block_diag(*[whole.new_ones(width, 1) for width in widths])  # (features, L)
-    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *products)])
     diagonal = torch.stack([x.square().sum(1) for x in layers])
     rows = diagonal * torch.nan
-    for i, own in enumerate(whole.to(every.dtype).split(widths) if dominance else ()):
-        rows[i] = (layers[i] @ own.split(widths, 1)[i]).mul_(layers[i]).sum(1)
+    with _float32_products():
+        for product, tenth in zip(products, features.members):
+            for samples in tenth.split(TERMS):
+                some = every.index_select(0, samples)
+                for end, x in zip(itertools.accumulate(widths), some.split(widths, 1)):  # up to the diagonal
+                    product[end - x.shape[1]:end, :end].add_(x.T @ some[:, :end])
+        whole = products.sum(0)
+        for i, own in enumerate(whole.to(every.dtype).split(widths) if dominance else ()):
+            rows[i] = (layers[i] @ own.split(widths, 1)[i]).mul_(layers[i]).sum(1)
+    owner = torch.block_diag(*[whole.new_ones(width, 1) for width in widths])  # (features, L)
+    hsic = torch.stack([owner.T @ (whole - part).square() @ owner for part in (0, *products)])
     return hsic + hsic.tril(-1).mT, diagonal, rows
 
 
@@ -1611,17 +1611,9 @@ def precisions(device):
 
 
 @contextlib.contextmanager
-def _surroundings(tf32=False):
-    """No gradients, inference mode or autocast, and products of float32 matrices are float32 (or TF32)."""
+def _own_modes():
+    """No gradients, inference mode or autocast, whatever the caller or a source switched on."""
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
-        parts = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)
-                 if hasattr(torch.backends.mkldnn, "matmul")]  # from torch 2.9 on
-        for part in parts:
-            stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
-            part.fp32_precision = "tf32" if tf32 and part is parts[0] else "ieee"
-        if not parts:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("high" if tf32 else "highest")
         for kind in ("cpu", "cuda", "mps"):
             with contextlib.suppress(RuntimeError):  # a torch whose autocast does not know this kind
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -1630,6 +1622,21 @@ def _surroundings(tf32=False):
         except BaseException as error:  # whose traceback would keep sources open, in modes of their own
             traceback.clear_frames(error.__traceback__)
             raise
+
+
+@contextlib.contextmanager
+def _float32_products(tf32=False):
+    """Products of float32 matrices are float32 (or TF32), whatever was chosen, which is put back."""
+    with contextlib.ExitStack() as stack:
+        parts = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)
+                 if hasattr(torch.backends.mkldnn, "matmul")]  # from torch 2.9 on
+        for part in parts:
+            stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
+            part.fp32_precision = "tf32" if tf32 and part is parts[0] else "ieee"
+        if not parts:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        yield
 
 
 def free_memory(device):
@@ -1649,8 +1656,9 @@ def free_memory(device):
     return max(min(free), 1 << 28)
 
 
-def _progress(state):
+def _progress(state, more):
     """On a terminal, after 3 s, shows the share that is done and the time left, and wipes them at the end."""
+    state.done += more
     now, left = time.monotonic(), state.total - state.done
     if (now - state.start > 3 and (now - state.shown > 0.5 or not left)
             and getattr(sys.stderr, "isatty", bool)()):
