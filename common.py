@@ -1235,7 +1235,7 @@ def open_run(args, method, seed, data, device):
 # ============================================================================================================
 # For the figures, and for other projects: what stands between the two "----" lines works alone when pasted.
 # The order is: API, planner, features of the sources, tiles of Gram matrices, form for few features,
-# statistics, precisions and switches, memory, progress.
+# statistics, precisions, modes and switches, memory, progress.
 
 # ---- copy from here ----
 # Exact linear CKA (Kornblith et al. 2019; Eq. (2) of Grigg et al. 2021, arXiv 2110.00528) over all samples,
@@ -1268,7 +1268,7 @@ import torch
 SOURCE = ("a source is a function source(start, stop) returning the features of samples start to stop - 1: "
           "a tensor of stop - start rows per layer, for any start and stop, and the same every time: not in "
           "training mode, in one order, and where calls share memory a list of clones, no generator")
-LEAST = 64  # samples of the smallest squares on the diagonal of a Gram matrix, multiplied whole
+LEAST = 64  # samples at most of the smallest squares on a Gram matrix's diagonal, which are multiplied whole
 TERMS = 2048  # numbers whose products are added up in float32 at most
 
 
@@ -1355,7 +1355,7 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
         layer = itemsize + product_itemsize % itemsize if one else product_itemsize
         kept = max(held, largest * itemsize) * (2 - one)
         always = 2 * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
-        needed = itemsize * (always + (layers + 4) * tile) + rows * (largest * layer + kept)
+        needed = itemsize * (always + (layers + 3) * tile) + rows * (largest * layer + kept)
         if needed <= memory:
             return blocks
     raise ValueError(f"memory={memory} bytes is too little: at least {needed} are needed")
@@ -1390,9 +1390,13 @@ class _Features:
         memory = free_memory(self.device) * 0.8 if memory is None else memory
         blocks = plan(self.widths, m, memory, self.batch, self.held, self.dtype.itemsize,
                       self.product_dtype.itemsize)
-        self.blocks = _cut(slice(0, m), -(-m // blocks)) if blocks else []  # none: the form for few features
-        self.tenths = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
-        self.members = [(self.tenths == g).nonzero()[:, 0].to(self.device) for g in range(10)]
+        rows = -(-m // max(blocks, 1))
+        self.levels = (-(-rows // LEAST) - 1).bit_length()  # how often a block is cut into halves
+        self.size = -(-rows // 2 ** self.levels) << self.levels
+        self.blocks = _cut(slice(0, m), self.size) if blocks else []  # none: the form for few features
+        tenths = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
+        self.members = [(tenths == g).nonzero()[:, 0].to(self.device) for g in range(10)]
+        self.tenths = torch.nn.functional.pad(tenths.byte(), (0, self.size))  # for what fills the last block
         self.done, self.total = 0, m * len(self.every) * (blocks + (blocks > 1) or 1)
         self.shown = self.start = time.monotonic()
 
@@ -1462,29 +1466,40 @@ class _Features:
             layer.shift = (layer.sum / self.m).to(x.dtype) * -layer.scale
         return x
 
-    def layers(self, own, others=slice(0, 0), pairs=()):
-        """Yields (x, operands) of each layer: x (n, p) of block `own`, and for `pairs` what to multiply.
 
-        Pairs are of samples in `own` and in `others`. Calls take turns, a layer at a time; x is in the same
-        memory for all, and centred if means are known.
-        """
-        n, dtype = own.stop - own.start, self.dtype if len(self.blocks) < 2 else self.product_dtype
-        memory = torch.empty(n * max(map(max, self.widths)), dtype=dtype, device=self.device)
-        for s, known in enumerate(self.known):
-            with _own_modes():
-                calls = [self.ask(s, some) for some in _cut(own, self.batch)]
-                more = [self.ask(s, some) for some in _cut(others, self.batch) if own != others]
-                for layer in known:
-                    x, new = memory[:n * len(layer.first)].view(n, -1), layer.unseen
-                    for part, call in zip(x.split(self.batch), calls):
-                        part.copy_(self.take(layer, next(call), part if dtype == self.dtype else None))
-                    if new and self.blocks == [own]:
-                        torch.addcmul(layer.shift, x, layer.scale, out=x)
-                    y = x.to(self.product_dtype)
-                    batches = ((y, self.take(layer, next(call)).to(y.dtype)) for call in more)
-                    yield x, batches if more else ((y[i], y[j]) for i, j in pairs)
-                for call in calls + more:
-                    next(call, None)  # more layers than before are an error
+def _pairs(x, levels):
+    """Pairs of views (b, n, ...) of x (size, ...) that make up all i <= j: small squares, then halves."""
+    small = x.view(2 ** levels, -1, *x.shape[1:])
+    cut = [x.view(2 ** level, 2, -1, *x.shape[1:]) for level in range(levels)]
+    return [(small, small), *((halves[:, 0], halves[:, 1]) for halves in cut)]
+
+
+def _layers(features, own, others=slice(0, 0)):
+    """Yields (x, operands) of each layer: x (n, p) of block `own`, and the pairs (b, n, p) to multiply.
+
+    Those are `_pairs` of x, or x and each batch of block `others`. Calls take turns, a layer at a time; x is
+    in the same memory for all layers, and centred if means are known.
+    """
+    dtype = features.dtype if len(features.blocks) < 2 else features.product_dtype
+    n, same = own.stop - own.start, own == others
+    size = features.size if same else n  # what fills up the last block is 0
+    memory = torch.empty(size * max(map(max, features.widths)), dtype=dtype, device=features.device)
+    for s, known in enumerate(features.known):
+        with _own_modes():
+            calls = [features.ask(s, some) for some in _cut(own, features.batch)]
+            more = [] if same else [features.ask(s, some) for some in _cut(others, features.batch)]
+            for layer in known:
+                x, new = memory[:size * len(layer.first)].view(size, -1), layer.unseen
+                for part, call in zip(x[:n].split(features.batch), calls):
+                    part.copy_(features.take(layer, next(call), part if dtype == features.dtype else None))
+                if new and features.blocks == [own]:
+                    torch.addcmul(layer.shift, x, layer.scale, out=x)
+                x[n:] = 0
+                y = x.to(features.product_dtype)
+                batches = ((y[None], features.take(layer, next(call)).to(y.dtype)[None]) for call in more)
+                yield x, _pairs(y, features.levels) if same else batches
+            for call in calls + more:
+                next(call, None)  # more layers than before are an error
 
 
 def _by_tiles(features):
@@ -1494,11 +1509,12 @@ def _by_tiles(features):
     """
     m, count = features.m, len(features.every)
     for some in _cut(slice(0, m), features.batch) if len(features.blocks) > 1 else ():  # for the means
-        list(features.layers(some))
+        list(_layers(features, some))
     sums = torch.zeros(11, count, count, dtype=features.sum_dtype, device=features.device)
-    diagonal, rows = sums.new_zeros(2, count, m, dtype=features.dtype)
+    diagonal, rows = sums.new_zeros(2, count, m + features.size, dtype=features.dtype)
     for own, others in itertools.combinations_with_replacement(features.blocks, 2):
         _tile(features, own, others, sums, diagonal, rows)
+    diagonal, rows = diagonal[:, :m], rows[:, :m]
     tenths = (diagonal.index_select(1, tenth).to(sums.dtype) for tenth in features.members)
     squares = torch.stack([own @ own.T / 2 for own in tenths])  # half, as the rest is symmetric
     sums += torch.cat([squares, squares.sum(0, keepdim=True)])  # i or j in each tenth; all
@@ -1507,29 +1523,27 @@ def _by_tiles(features):
 
 def _tile(features, own, others, sums, diagonal, rows):
     """Adds up products of all layers' K'_ij, i in block `own` and j in `others`, i < j; fills the rest."""
-    same, dtype, left = own == others, diagonal.dtype, slice(0, own.stop - own.start)
-    pairs = [(left, j) for j in _cut(slice(0, others.stop - others.start), features.batch)]
-    if same:  # small squares, then of pieces of ever double size the first with the second, and so on
-        pieces = [_cut(left, LEAST << k) for k in range(32)]
-        pairs = [*zip(pieces[0], pieces[0]), *(pair for p in pieces for pair in zip(p[::2], p[1::2]))]
-    first, second = features.tenths[own].byte(), features.tenths[others].byte()
-    keys = torch.cat([(first[i, None] * 10 + second[j]).flatten() for i, j in pairs])
-    counts, order = keys.bincount(minlength=100).tolist(), keys.argsort().to(diagonal.device)
+    def views(x):  # of what samples have, as of their features
+        left, right = x[own.start:own.start + features.size], x[others].split(features.batch)
+        return _pairs(left, features.levels) if own == others else [(left[None], y[None]) for y in right]
+
+    keys = [(x[:, :, None] * 10 + y[:, None]).flatten() for x, y in views(features.tenths)]
+    counts, order = torch.cat(keys).bincount(minlength=100).tolist(), torch.cat(keys).argsort()
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device="cpu"))
+    places = place.to(diagonal.device).split([len(key) for key in keys])
     tile = diagonal.new_empty(len(diagonal), len(order))
-    short = {"out_dtype": dtype} if diagonal.is_cuda and features.product_dtype != dtype else {}
-    for index, (_, operands) in enumerate(features.layers(own, others, pairs)):
-        parts = []
-        for (i, j), (x, y) in zip(pairs, operands):
+    for index, (_, operands) in enumerate(_layers(features, own, others)):
+        norms = zip(places, views(rows[index]), views(diagonal[index]))
+        for (x, y), (place, (a, b), (d, _)) in zip(operands, norms):
             with _float32_products(features.precision == "tf32"):
-                k = torch.mm(x, y.mT, **short).to(dtype)
-            if same and i == j:
-                diagonal[index, own][i] = k.diagonal()
+                k = _products(x, y, tile.dtype)
+            if x is y:  # the squares on the diagonal
+                d.copy_(k.diagonal(dim1=1, dim2=2))
                 k.triu_(1)
             squares = k.square()
-            rows[index, own][i].add_(squares.sum(1))
-            rows[index, others][j].add_(squares.sum(0))
-            parts.append(k.flatten())
-        torch.index_select(torch.cat(parts), 0, order, out=tile[index])
+            a.add_(squares.sum(2))
+            b.add_(squares.sum(1))
+            tile[index].index_copy_(0, place, k.flatten())
     with _float32_products():
         for key, entries in enumerate(tile.split(counts, 1)):
             for some in entries.split(TERMS, 1):
@@ -1538,13 +1552,22 @@ def _tile(features, own, others, sums, diagonal, rows):
                     sums[which].add_(product)
 
 
+def _products(x, y, dtype):
+    """x @ y.T of matrices (b, n, p) and (b, k, p), in half precision perhaps: (b, n, k) of this dtype."""
+    if x.dtype == dtype:
+        return torch.bmm(x, y.mT)
+    if x.is_cuda:
+        return torch.bmm(x, y.mT, out_dtype=dtype)
+    return torch.stack([torch.mm(a, b.mT) for a, b in zip(x, y)]).to(dtype)  # bmm of bfloat16 is slow there
+
+
 def _by_features(features, dominance):
     """As `_by_tiles`, where there are fewer features than samples: HSIC(K, L) is the squared norm of Xt Y."""
     widths = [len(layer.first) for layer in features.every]
     every = torch.empty(features.m, sum(widths), dtype=features.dtype, device=features.device)
     layers = every.split(widths, 1)
     for some in _cut(slice(0, features.m), features.batch):  # one by one: in turn they would hold more
-        for (x, _), own in zip(features.layers(some), layers):
+        for (x, _), own in zip(_layers(features, some), layers):
             own[some] = x
     for layer, own in zip(features.every, layers):
         torch.addcmul(layer.shift, own, layer.scale, out=own)

@@ -447,10 +447,10 @@ def test_cka_planner():
             (small, 2, 320, 16, 17.5e6, 6), ([300, 400], 1, 1000, 128, 1e9, 0)):
         blocks = common.plan([widths] * networks, m, memory, batch)
         assert blocks + (blocks > 1) <= most, f"{memory:g} bytes: {blocks} blocks"
-    # by hand: first sample, mean and sums; tiles, and four more to sort one; a layer; what calls keep
+    # by hand: first sample, mean and sums; tiles, and three more to sort one; a layer; what calls keep
     always = 8 * 12 * (5000 + 400)
-    for blocks, needed in ((1, 4 * 16 * 400 * 464 // 2 + 400 * 5000 * (4 + 2) + 400 * 20_000),
-                           (2, 4 * 16 * 200 * 200 + 200 * 5000 * 2 + 200 * 2 * 20_000)):
+    for blocks, needed in ((1, 4 * 15 * 400 * 464 // 2 + 400 * 5000 * (4 + 2) + 400 * 20_000),
+                           (2, 4 * 15 * 200 * 200 + 200 * 5000 * 2 + 200 * 2 * 20_000)):
         plan = functools.partial(common.plan, [[5000] * 12], 400, product_itemsize=2)
         planned = [plan(memory=always + needed - 1), plan(memory=always + needed)]
         assert planned == [blocks + 1, blocks], f"{always + needed} bytes: {planned} blocks"
