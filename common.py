@@ -1354,7 +1354,8 @@ def plan(widths, m, memory, batch=128, held=0, itemsize=4, product_itemsize=4):
         tile = rows * (rows + LEAST) // 2 if one else rows ** 2
         layer = itemsize + product_itemsize % itemsize if one else product_itemsize
         kept = max(held, largest * itemsize) * (2 - one)
-        always = 2 * (features + layers * m)  # of layers: first sample and mean; of rows: two sums
+        # of layers: first sample and mean; of rows: two sums; three tiles more: the order, and one being made
+        always = 2 * (features + layers * m)
         needed = itemsize * (always + (layers + 3) * tile) + rows * (largest * layer + kept)
         if needed <= memory:
             return blocks
