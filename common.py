@@ -1609,7 +1609,7 @@ def _statistics(features, hsic, diagonal, rows):
     lost = (value <= noise) & ~constant
     unbiased[lost] = unbiased[:, lost] = torch.nan
     for which, text in ((constant, "constant over samples, so CKA is NaN"),
-                        (lost, "few samples matter, beyond rounding errors: debiased CKA is NaN"),
+                        (lost, "too few samples matter beyond rounding errors: debiased CKA is NaN"),
                         ((noise > 1e-4 * value) & ~lost & ~constant,
                          f"few samples matter, or there is little structure, for {features.precision} "
                          "products: debiased CKA may be off by more than 1e-4")):
