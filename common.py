@@ -1398,7 +1398,8 @@ class _Features:
         tenths = torch.randperm(m, generator=torch.Generator("cpu").manual_seed(0), device="cpu") % 10
         self.members = [(tenths == g).nonzero()[:, 0].to(self.device) for g in range(10)]
         self.tenths = torch.nn.functional.pad(tenths.byte(), (0, self.size))  # for what fills the last block
-        self.done, self.total = 0, m * len(self.every) * (blocks + (blocks > 1) or 1)
+        passes = len(self.blocks) + (len(self.blocks) > 1) or 1
+        self.done, self.total = 0, m * len(self.every) * passes
         self.shown = self.start = time.monotonic()
 
     def look(self, s):
