@@ -1513,7 +1513,7 @@ def _by_tiles(features):
     for some in _cut(slice(0, m), features.batch) if len(features.blocks) > 1 else ():  # for the means
         list(_layers(features, some))
     sums = torch.zeros(11, count, count, dtype=features.sum_dtype, device=features.device)
-    diagonal, rows = sums.new_zeros(2, count, m + features.size, dtype=features.dtype)
+    diagonal, rows = sums.new_zeros(2, count, len(features.blocks) * features.size, dtype=features.dtype)
     for own, others in itertools.combinations_with_replacement(features.blocks, 2):
         _tile(features, own, others, sums, diagonal, rows)
     diagonal, rows = diagonal[:, :m], rows[:, :m]
@@ -1530,7 +1530,8 @@ def _tile(features, own, others, sums, diagonal, rows):
         return _pairs(left, features.levels) if own == others else [(left[None], y[None]) for y in right]
 
     keys = [(x[:, :, None] * 10 + y[:, None]).flatten() for x, y in views(features.tenths)]
-    counts, order = torch.cat(keys).bincount(minlength=100).tolist(), torch.cat(keys).argsort()
+    joined = torch.cat(keys)
+    counts, order = joined.bincount(minlength=100).tolist(), joined.argsort()
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device="cpu"))
     places = place.to(diagonal.device).split([len(key) for key in keys])
     tile = diagonal.new_empty(len(diagonal), len(order))

@@ -546,6 +546,11 @@ def test_cka_surroundings():
             assert switches() == before, f"{before} became {switches()}"
             assert all(found == before[0] for found in inside), f"products of a source: {inside}"
 
+
+def test_cka_errors_close_sources():
+    """A generator that an error keeps open does not turn the caller's gradients off when it is closed."""
+    layers = random_layers(rng(), 70, (5, 900))
+
     def failing(start, stop):
         with torch.no_grad():
             yield layers[0][start:stop]
@@ -559,7 +564,7 @@ def test_cka_surroundings():
     for broken in (failing, holding):
         with raises(ValueError, "source 0, layer 1"):
             common.cka_matrix([broken], 70, batch=10)
-        assert torch.is_grad_enabled(), "a generator that an error kept open has turned gradients off"
+        assert torch.is_grad_enabled(), broken.__name__
 
 
 def test_cka_noise():
