@@ -397,8 +397,7 @@ def test_cka_refused():
         "a yield inside autocast": ([good, in_autocast], ["source 1", "autocast", "end it before"]),
         "training mode": ([good, lambda a, b: [noisy(x[a:b])]], ["source 1", "training mode"]),
         "the same, large": ([good, lambda a, b: [noisy(x[a:b]) * 1e30]], ["source 1", "training mode"]),
-        "more in a dict later": (
-            [lambda a, b: {name: x[a:b] for name in "xy"[:1 + (a > 20)]}], ["source 0", "unlike"]),
+        "more later": ([lambda a, b: {k: x[a:b] for k in "xy"[:1 + (a > 20)]}], ["source 0", "unlike"]),
         "the mean of a call": ([good, lambda a, b: [x[a:b] / (b - a)]], ["source 1", "again"]),
         "another dict later": ([lambda a, b: {"x" if a < 20 else "y": x[a:b]}], ["source 0", "unlike"]),
         "not finite, first samples": ([lambda a, b: [x[a:b] / 0]], ["source 0", "layer 0", "NaN"]),
